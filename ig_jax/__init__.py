@@ -1,0 +1,1 @@
+"""Internal Guidance for diffusion transformers, in JAX and Flax NNX."""

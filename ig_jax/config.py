@@ -1,0 +1,452 @@
+"""The defaults every experiment starts from, one `validate`, and the typed values a config stands
+for. This is the only file that knows the names of config fields and what they mean together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from ig_jax.diffusion import interpolant, loss, sampler
+from ig_jax.diffusion.guidance import Guidance, check_interval
+from ig_jax.errors import InputError, suggest
+from ig_jax.models import dit, sizes
+from ig_jax.training.optimizer import OptimizerOptions
+
+DATA_SETS = ("digits", "latents", "folder", "tfds")
+LABELS = ("random", "balanced")
+
+
+def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
+    """Returns a complete config with the published recipe of a family (SPEC §4).
+
+    Args:
+        family: "sit", "dit" or "lightningdit".
+        size: a name of `models.sizes.SIZES`.
+    """
+    options = sizes.family(family)
+    light = family == "lightningdit"
+    return ConfigDict(
+        dict(
+            seed=0,
+            model=dict(
+                family=family,
+                size=size,
+                # 0: taken from the size.
+                width=0,
+                depth=0,
+                heads=0,
+                # Blocks before the auxiliary head; 0 for no head, -1 for the published place.
+                auxiliary_depth=-1,
+                input_size=options.input_size,
+                channels=options.channels,
+                patch_size=options.patch_size,
+                num_classes=1000,
+                qk_norm=False,
+                adaln_shift=True,
+                # "auto": bfloat16 on accelerators, float32 on CPU.
+                dtype="auto",
+                scan_blocks=True,
+                remat="none",
+            ),
+            data=dict(
+                name="latents",
+                # Prepared latents, a folder of class/image files, or TFDS' data directory.
+                path="",
+                tfds_name="",
+                image_size=256,
+                # Images that --mode=prepare encodes: a folder, or "tfds:imagenet2012".
+                images="",
+                autoencoder="va-vae-f16d32" if light else "sd-vae-ft-ema",
+                # The autoencoder's weights (.safetensors or .pt); needed to prepare and to decode.
+                autoencoder_path="",
+                flip=False,
+                num_validation=1024,
+                num_workers=0,
+            ),
+            loss=dict(
+                path=options.path,
+                prediction=options.prediction,
+                times="uniform",
+                auxiliary_weight=0.5,
+                label_dropout=0.1,
+                cosine_weight=1.0 if light else 0.0,
+                # ω of the training acceleration, and the step at which it starts.
+                guided_target_scale=0.0,
+                guided_target_start=0,
+            ),
+            optimizer=dict(
+                name="muon" if light else "adamw",
+                learning_rate=2e-4 if light else 1e-4,
+                schedule="constant",
+                warmup_steps=0,
+                b1=0.9,
+                b2=0.95 if light else 0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+                clip_norm=1.0,
+                # Muon's own group: every matrix.
+                momentum=0.95,
+                muon_weight_decay=0.01,
+                newton_schulz_steps=5,
+                # "auto": bfloat16 on accelerators, float32 on CPU.
+                newton_schulz_dtype="auto",
+                adam_learning_rate_scale=1.0,
+                # "all", or "auxiliary_head" to train a fresh head on a frozen network.
+                trainable="all",
+            ),
+            train=dict(
+                batch_size=256,
+                num_steps=400_000,
+                ema_decay=0.9999,
+                accumulate=1,
+                log_every=100,
+                validate_every=5_000,
+                sample_every=10_000,
+                checkpoint_every=5_000,
+                max_to_keep=3,
+                profile_at=0,
+                # A workdir whose EMA weights training starts from (fine-tuning).
+                init_from="",
+            ),
+            guidance=dict(
+                ig_scale=1.0,
+                ig_interval=(0.0, 1.0),
+                cfg_scale=1.0,
+                cfg_interval=(0.0, 1.0),
+                # A workdir whose network replaces the auxiliary head (Autoguidance).
+                weak="",
+            ),
+            sampler=dict(
+                name="heun2" if light else "ddpm" if family == "dit" else "euler_maruyama",
+                num_steps=125 if light else 250,
+                time_shift=0.3 if light else 1.0,
+                rtol=1e-3,
+                atol=1e-6,
+                num_samples=64,
+                batch_size=64,
+                # "random", "balanced", or class numbers and names: "207,golden retriever".
+                labels="random",
+                # Sample from the EMA weights, or from the raw ones.
+                ema=True,
+            ),
+            mesh=dict(data=-1, fsdp=1, topology=""),
+            evaluation=dict(
+                # "auto": the classifier's features on digits, Inception on pictures.
+                features="auto",
+                inception_path="",
+                # ADM's reference .npz, a statistics file of ours, or empty for the data set.
+                reference="",
+                # An existing .npz or folder of PNGs to score instead of sampling.
+                samples="",
+                num_samples=50_000,
+                # IG scales to score; empty: the guidance of the config.
+                ig_scales=(),
+                # Steps between evaluations during training (0: never), with this many samples.
+                every=0,
+                train_samples=5_000,
+                at_end=False,
+            ),
+        )
+    )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int):
+        return "an integer"
+    if isinstance(value, float):
+        return "a number"
+    return "a list of numbers" if isinstance(value, tuple | list) else "a string"
+
+
+def _fits(value: Any, like: Any) -> bool:
+    if isinstance(like, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(like, bool)
+    if isinstance(like, int):
+        return isinstance(value, numbers.Integral)
+    if isinstance(like, float):
+        return isinstance(value, numbers.Real)
+    if isinstance(like, tuple | list):
+        return isinstance(value, tuple | list) and all(isinstance(v, numbers.Real) for v in value)
+    return isinstance(value, str)
+
+
+def _check_fields(config: ConfigDict, reference: ConfigDict, prefix: str = "config") -> None:
+    known = tuple(reference.keys())
+    for name in config:
+        if name not in reference:
+            raise InputError(f"unknown config field {prefix}.{name}{suggest(name, known)}")
+    for name, like in reference.items():
+        field = f"{prefix}.{name}"
+        if name not in config:
+            raise InputError(f"missing config field {field}: expected {_kind(like)}")
+        value = config[name]
+        if isinstance(like, ConfigDict):
+            if not isinstance(value, ConfigDict):
+                raise InputError(f"{field} is {value!r}: expected a section with fields")
+            _check_fields(value, like, field)
+        elif not _fits(value, like):
+            raise InputError(f"{field} is {value!r}: expected {_kind(like)}")
+
+
+def _check_range(config: ConfigDict, field: str, low: float, high: float = float("inf")) -> None:
+    value: Any = config
+    for name in field.split("."):
+        value = value[name]
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == float("inf") else f"{low}…{high}"
+        raise InputError(f"config.{field} is {value}: expected {limit}")
+
+
+def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise InputError(
+            f"config.{field} is {value!r}: expected one of {', '.join(known)}"
+            f"{suggest(value, known)}"
+        )
+
+
+_RANGES: tuple[tuple, ...] = (
+    ("train.batch_size", 1),
+    ("train.num_steps", 1),
+    ("train.ema_decay", 0, 1),
+    ("train.accumulate", 1),
+    ("train.log_every", 1),
+    ("train.checkpoint_every", 1),
+    ("train.max_to_keep", 1),
+    ("train.validate_every", 0),
+    ("train.sample_every", 0),
+    ("loss.auxiliary_weight", 0),
+    ("loss.label_dropout", 0, 1),
+    ("loss.cosine_weight", 0),
+    ("loss.guided_target_scale", 0),
+    ("model.num_classes", 0),
+    ("model.auxiliary_depth", -1),
+    ("sampler.num_steps", 1),
+    ("sampler.num_samples", 1),
+    ("sampler.batch_size", 1),
+    ("sampler.time_shift", 1e-3),
+    ("evaluation.num_samples", 2),
+    ("evaluation.every", 0),
+    ("data.num_validation", 0),
+    ("data.num_workers", 0),
+)
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field and every combination that needs no data and no devices.
+
+    Raises:
+        InputError: one line naming the field, its value and what was expected.
+    """
+    _check_fields(config, default_config())
+    _check_choice("model.family", config.model.family, tuple(sizes.FAMILIES))
+    _check_choice("model.remat", config.model.remat, tuple(dit.REMAT_POLICIES))
+    _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
+    _check_choice("data.name", config.data.name, DATA_SETS)
+    interpolant.get(config.loss.path)
+    _check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
+    _check_choice("loss.times", config.loss.times, interpolant.TIMES)
+    sampler.check_name(config.sampler.name)
+    for field, *limits in _RANGES:
+        _check_range(config, field, *limits)
+    for name in ("ig_interval", "cfg_interval"):
+        check_interval(f"config.guidance.{name}", tuple(config.guidance[name]))
+    spec = model_spec(config)
+    # Not resolving "auto": that would start the devices, before processes found each other.
+    OptimizerOptions(**_optimizer_fields(config, "float32"))
+    if spec.auxiliary_depth is None and not config.guidance.weak:
+        _check_no_auxiliary(config)
+    if config.model.num_classes == 0 and config.guidance.cfg_scale != 1:
+        raise InputError(
+            f"config.guidance.cfg_scale is {config.guidance.cfg_scale}: expected 1 for an "
+            "unconditional model (config.model.num_classes is 0)"
+        )
+    if config.train.batch_size % config.train.accumulate:
+        raise InputError(
+            f"config.train.batch_size is {config.train.batch_size}: expected a multiple of "
+            f"config.train.accumulate, {config.train.accumulate}"
+        )
+    if config.sampler.name != sampler.ADAPTIVE:
+        time_grid(config)
+
+
+def _check_no_auxiliary(config: ConfigDict) -> None:
+    if config.guidance.ig_scale != 1:
+        raise InputError(
+            f"config.guidance.ig_scale is {config.guidance.ig_scale}: expected 1, this model has "
+            "no auxiliary head (config.model.auxiliary_depth is 0)"
+        )
+    if config.loss.guided_target_scale:
+        raise InputError(
+            "config.loss.guided_target_scale needs an auxiliary head: "
+            "expected config.model.auxiliary_depth of at least 1"
+        )
+    if config.optimizer.trainable != "all":
+        raise InputError(
+            f"config.optimizer.trainable is {config.optimizer.trainable!r}: expected 'all', this "
+            "model has no auxiliary head (config.model.auxiliary_depth is 0)"
+        )
+
+
+def check_devices(config: ConfigDict, devices: int) -> None:
+    """Raises `InputError` unless mesh and batch sizes divide evenly over `devices`."""
+    sizes_ = [config.mesh.data, config.mesh.fsdp]
+    if sizes_.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes_):
+        raise InputError(
+            f"config.mesh is data={sizes_[0]}, fsdp={sizes_[1]}: expected positive sizes, at most "
+            "one of them -1 (the rest of the devices)"
+        )
+    fixed = sizes_[0] * sizes_[1] * (-1 if -1 in sizes_ else 1)
+    if devices % fixed or (-1 not in sizes_ and fixed != devices):
+        raise InputError(
+            f"config.mesh is data={sizes_[0]}, fsdp={sizes_[1]}: "
+            f"expected a product that {'divides' if -1 in sizes_ else 'is'} "
+            f"the number of devices, {devices}"
+        )
+    microbatch = config.train.batch_size // config.train.accumulate
+    for field, batch in (
+        ("config.train.batch_size / config.train.accumulate", microbatch),
+        ("config.sampler.batch_size", config.sampler.batch_size),
+    ):
+        if batch % devices:
+            raise InputError(
+                f"{field} is {batch}: expected a multiple of the number of devices, {devices}"
+            )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """Turns "auto", "float32" or "bfloat16" into a dtype for the present devices."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def model_spec(config: ConfigDict) -> dit.DiTSpec:
+    """The architecture that `config.model` describes; raises `InputError` if impossible."""
+    model = config.model
+    depth, width, heads, published = sizes.size(model.size)
+    k = model.auxiliary_depth
+    return dit.DiTSpec.of(
+        model.family,
+        model.size,
+        width=model.width or width,
+        depth=model.depth or depth,
+        heads=model.heads or heads,
+        auxiliary_depth=(published if k == -1 else k) or None,
+        input_size=model.input_size,
+        channels=model.channels,
+        patch_size=model.patch_size,
+        num_classes=model.num_classes,
+        qk_norm=model.qk_norm,
+        shift=model.adaln_shift,
+    )
+
+
+def model_options(config: ConfigDict) -> dict[str, Any]:
+    """Keyword arguments of `DiT` besides its spec: precision and compilation."""
+    model = config.model
+    return dict(dtype=compute_dtype(model.dtype), scan_blocks=model.scan_blocks, remat=model.remat)
+
+
+def loss_options(config: ConfigDict) -> loss.LossOptions:
+    """The training loss that `config.loss` describes."""
+    fields = {k: v for k, v in config.loss.items() if k != "guided_target_start"}
+    return loss.LossOptions(**fields)
+
+
+def optimizer_options(config: ConfigDict) -> OptimizerOptions:
+    """The optimiser that `config.optimizer` describes; raises `InputError`."""
+    return OptimizerOptions(**_optimizer_fields(config, compute_dtype("auto").name))
+
+
+def _optimizer_fields(config: ConfigDict, automatic: str) -> dict[str, Any]:
+    fields = dict(config.optimizer.items(), num_steps=config.train.num_steps)
+    if fields["newton_schulz_dtype"] == "auto":
+        fields["newton_schulz_dtype"] = automatic
+    return fields
+
+
+def guidance(config: ConfigDict) -> Guidance:
+    """The guidance that `config.guidance` describes (without the weak network, a file)."""
+    g = config.guidance
+    return Guidance(
+        float(g.ig_scale), tuple(g.ig_interval), float(g.cfg_scale), tuple(g.cfg_interval)
+    )
+
+
+def sampler_arguments(config: ConfigDict) -> dict[str, Any]:
+    """Keyword arguments of `diffusion.sampler.sample` that `config.sampler` fixes."""
+    s = config.sampler
+    return dict(
+        name=s.name, num_steps=s.num_steps, time_shift=s.time_shift, rtol=s.rtol, atol=s.atol
+    )
+
+
+def time_grid(config: ConfigDict) -> Any:
+    """The sampler's time grid, (N + 1,) float64; raises `InputError` if it has no interval."""
+    s = config.sampler
+    return sampler.time_grid(s.name, s.num_steps, interpolant.get(config.loss.path), s.time_shift)
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as nested plain values."""
+    return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """Rebuilds a config from `to_json`'s values; lists become tuples, as in the defaults."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(plain(values))
+
+
+def fingerprint(config: ConfigDict) -> str:
+    """A short hash of every field, to compare the configs of processes."""
+    text = json.dumps(to_json(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# Fields that a restarted run may change: they do not alter what is learned. `num_steps` is among
+# them so that a finished run can be prolonged.
+_FREE = ("guidance", "sampler", "mesh", "evaluation")
+_FREE_TRAIN = (
+    "num_steps",
+    "log_every",
+    "validate_every",
+    "sample_every",
+    "checkpoint_every",
+    "max_to_keep",
+    "profile_at",
+)
+_FREE_DATA = ("path", "images", "autoencoder_path", "num_workers")
+_FREE_MODEL = ("scan_blocks", "remat")
+
+
+def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
+    """Lists the fields that forbid continuing `saved`'s training with `config`, one line each."""
+    free = {"train": _FREE_TRAIN, "data": _FREE_DATA, "model": _FREE_MODEL}
+    lines = []
+    for section, values in config.items():
+        if section in _FREE:
+            continue
+        pairs = values.items() if isinstance(values, ConfigDict) else [("", values)]
+        for name, value in pairs:
+            old = saved.get(section)
+            old = old.get(name) if name and isinstance(old, ConfigDict) else old
+            if name in free.get(section, ()) or value == old:
+                continue
+            field = f"config.{section}.{name}".rstrip(".")
+            lines.append(f"{field} is {value!r}, the checkpoint has {old!r}")
+    return lines

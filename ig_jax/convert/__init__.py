@@ -1,0 +1,1 @@
+"""PyTorch names and layouts, both directions."""

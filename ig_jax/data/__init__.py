@@ -1,0 +1,1 @@
+"""Data sets, and the pipeline from them to batches."""

@@ -1,0 +1,191 @@
+"""From a data source to batches on devices: one resumable Grain pipeline for training, one in-order
+pass for evaluation, prefetch to devices, and the pure function that turns a batch into model input.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from ig_jax.data.source import Example, RandomAccess
+from ig_jax.errors import InputError
+
+Batch = dict[str, np.ndarray]
+
+
+def _choose_twin(example: Example, rng: np.random.Generator, flip: bool) -> Example:
+    """Picks the stored mirrored twin half the time, or mirrors pixels if `flip`."""
+    chosen = {k: v for k, v in example.items() if not k.endswith("_flip")}
+    has_twin = len(chosen) < len(example)
+    if (has_twin or flip) and rng.integers(2):
+        for name in chosen:
+            if name != "label":
+                chosen[name] = example[f"{name}_flip"] if has_twin else chosen[name][:, ::-1]
+    return chosen
+
+
+class BatchIterator:
+    """Endless batches of one process; its state is the number of batches handed out.
+
+    Grain's own iterator states depend on the number of worker processes. This one moves the whole
+    Grain pipeline to a step instead, so a run may be resumed with other workers or processes.
+
+    Args:
+        batches: item k is this process's share of global batch k.
+        num_workers: worker processes; 0 reads in threads of this one.
+    """
+
+    def __init__(self, batches: grain.MapDataset, num_workers: int):
+        self._batches = batches
+        self._num_workers = num_workers
+        self._step = 0
+        self._stream: grain.DatasetIterator | None = None
+
+    def __iter__(self) -> BatchIterator:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._start()
+        batch = next(self._stream)
+        self._step += 1
+        return batch
+
+    def _start(self) -> grain.DatasetIterator:
+        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+        stream = self._batches[self._step :].to_iter_dataset(options)
+        if self._num_workers:
+            stream = stream.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=self._num_workers, per_worker_buffer_size=2
+                )
+            )
+        return iter(stream)
+
+    def get_state(self) -> dict[str, int]:
+        """`{"step": batches handed out}`, the same on every process."""
+        return {"step": self._step}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Continues after `state["step"]` batches."""
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Stops threads and worker processes; reading on starts them again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def make_iterator(
+    source: RandomAccess,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    flip: bool = False,
+) -> BatchIterator:
+    """Endless shuffled batches whose content depends on (seed, step) alone.
+
+    Every epoch has an order of its own. Process p of P reads the p-th contiguous slice of each global
+    batch and nothing else, so the global batch is the same for any P. `get_state()` is small, JSON
+    and the same on all processes; `set_state()` resumes at the exact example.
+
+    Args:
+        source: examples.
+        batch_size: global batch size, a multiple of `process_count`.
+        seed: of the order and of every per-example choice.
+        process_index, process_count: which share to read.
+        num_workers: worker processes; 0 reads in threads of this one.
+        flip: mirror pixels half the time. Stored twins are always used half the time.
+
+    Returns:
+        An iterator of dicts of (batch_size / process_count, …) arrays.
+
+    Raises:
+        InputError: an empty source, or a batch that does not divide among the processes.
+    """
+    if len(source) == 0:
+        raise InputError("the data set is empty: expected at least one example")
+    if batch_size % process_count:
+        raise InputError(
+            f"config.train.batch_size is {batch_size}: expected a multiple of the number of "
+            f"processes, {process_count}"
+        )
+    dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    dataset = dataset.random_map(functools.partial(_choose_twin, flip=flip))
+    # Per-process batches first, then every P-th of them: concatenated over the processes they are
+    # the batches of one process.
+    shares = dataset.batch(batch_size // process_count)
+    return BatchIterator(shares[process_index::process_count], num_workers)
+
+
+def epoch_batches(
+    source: RandomAccess, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """One pass in order; process p reads every P-th batch; the last one may be smaller."""
+    dataset = grain.MapDataset.source(source).batch(batch_size, drop_remainder=False)
+    yield from dataset[process_index::process_count].to_iter_dataset()
+
+
+class DevicePrefetch:
+    """Keeps the next batches on devices, and the iterator state of the batch handed out last.
+
+    Args:
+        iterator: of this process's share of each batch.
+        sharding: of the global batch.
+        depth: batches to hold ahead.
+    """
+
+    def __init__(self, iterator: BatchIterator, sharding: NamedSharding, depth: int = 2):
+        self._iterator = iterator
+        self._sharding = sharding
+        self._depth = depth
+        self._queue: collections.deque[tuple[Any, dict]] = collections.deque()
+        self.state: dict[str, Any] = iterator.get_state()
+
+    def __iter__(self) -> DevicePrefetch:
+        return self
+
+    def __next__(self) -> dict[str, jax.Array]:
+        while len(self._queue) <= self._depth:
+            batch = next(self._iterator)
+            put = functools.partial(jax.make_array_from_process_local_data, self._sharding)
+            self._queue.append((jax.tree.map(put, batch), self._iterator.get_state()))
+        batch, self.state = self._queue.popleft()
+        return batch
+
+
+def model_input(
+    batch: dict[str, jax.Array], key: jax.Array, *, shift: np.ndarray, scale: np.ndarray
+) -> jax.Array:
+    """Turns a data batch into what the model is trained on; pure, runs inside the jitted step.
+
+    Args:
+        batch: "mean" and "std" (sampled as `mean + std·ε`), or "x" (uint8 pixels become
+            `x/127.5 − 1`); (B, H, W, C).
+        key: of the posterior sample.
+        shift, scale: per-channel normalisation, `(latent − shift)/scale`.
+
+    Returns:
+        (B, H, W, C) float32.
+    """
+    if "mean" in batch:
+        noise = jax.random.normal(key, batch["mean"].shape, jnp.float32)
+        x = batch["mean"] + batch["std"] * noise
+    elif batch["x"].dtype == jnp.uint8:
+        x = batch["x"].astype(jnp.float32) / 127.5 - 1
+    else:
+        x = batch["x"].astype(jnp.float32)
+    return (x - jnp.asarray(shift)) / jnp.asarray(scale)

@@ -1,0 +1,103 @@
+"""What every data set turns into: random access to examples, and the facts a model needs of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from ig_jax.errors import InputError
+
+Example = dict[str, Any]
+
+
+class RandomAccess(Protocol):
+    """Examples by index (Grain's random-access protocol).
+
+    An example holds "label" (int32) and either "x" (H, W, C), float32 or uint8 pixels, or "mean" and
+    "std" (H, W, C) float32 of an autoencoder's posterior. Mirrored twins, where stored, carry the
+    suffix "_flip".
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Examples held in memory: x (N, H, W, C) and labels (N,) int32."""
+
+    x: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> Example:
+        return {"x": self.x[index], "label": self.labels[index]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset:
+    """Some examples of a source, in the order of `indices` (N,)."""
+
+    source: RandomAccess
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.source[int(self.indices[index])]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSource:
+    """An opened data set.
+
+    Attributes:
+        train: training examples.
+        validation: held-out examples, or None.
+        shape: (H, W, C) of one model input.
+        num_classes: number of labels.
+        class_names: a name a class, in label order.
+        shift, scale: (C,) or (1,) float32; the model sees `(latent − shift)/scale`. For SD-VAE shift
+            is 0 and scale is 1/0.18215.
+        autoencoder: name of the autoencoder whose latents these are, or None for pixels.
+    """
+
+    train: RandomAccess
+    validation: RandomAccess | None
+    shape: tuple[int, int, int]
+    num_classes: int
+    class_names: tuple[str, ...]
+    shift: np.ndarray
+    scale: np.ndarray
+    autoencoder: str | None
+
+
+def hold_out(source: RandomAccess, num_validation: int) -> tuple[RandomAccess, RandomAccess | None]:
+    """Splits a source into training and held-out examples, the same ones on every call.
+
+    Args:
+        source: at least `num_validation + 1` examples.
+        num_validation: number of examples to hold out, drawn evenly from all of them.
+
+    Returns:
+        (training, held-out or None if `num_validation` is 0), each in the source's order.
+
+    Raises:
+        InputError: nothing would be left to train on.
+    """
+    if not 0 <= num_validation < len(source):
+        raise InputError(
+            f"config.data.num_validation is {num_validation}: expected 0…{len(source) - 1}, "
+            f"the data set has {len(source)} examples"
+        )
+    if num_validation == 0:
+        return source, None
+    order = np.random.default_rng(0).permutation(len(source))
+    held_out, train = np.split(order, [num_validation])
+    return Subset(source, np.sort(train)), Subset(source, np.sort(held_out))

@@ -1,0 +1,1 @@
+"""Pure maths: interpolants, losses, guidance, samplers."""

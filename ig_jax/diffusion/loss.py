@@ -1,0 +1,132 @@
+"""The training loss of internal guidance: both heads of one forward pass regress the same target
+(IG paper, §3.1), optionally with LightningDiT's cosine term and the guided target of §5."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from ig_jax.diffusion import interpolant as interpolants
+from ig_jax.models.dit import Network, Prediction
+
+
+@flax.struct.dataclass
+class Losses:
+    """Per-example losses, each (B,) float32; `total` is what training minimises.
+
+    Attributes:
+        total: `final + λ·auxiliary + cosine_weight·cosine`.
+        final: mean squared error of the final head over every element.
+        auxiliary: the same of the auxiliary head, before λ (zero for a network without one).
+        cosine: mean over positions of 1 − cos(final, target) along channels (zero if unused).
+    """
+
+    total: jax.Array
+    final: jax.Array
+    auxiliary: jax.Array
+    cosine: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What the loss is made of (defaults: SiT + IG).
+
+    Attributes:
+        path: name of the interpolant.
+        prediction: "velocity", "noise" or "data".
+        times: "uniform" or "lognormal".
+        auxiliary_weight: λ.
+        label_dropout: probability of replacing a label by ∅.
+        cosine_weight: weight of the cosine term (1 for LightningDiT).
+        guided_target_scale: ω of the training acceleration, 0 for none.
+    """
+
+    path: str = "linear"
+    prediction: str = "velocity"
+    times: str = "uniform"
+    auxiliary_weight: float = 0.5
+    label_dropout: float = 0.1
+    cosine_weight: float = 0.0
+    guided_target_scale: float = 0.0
+
+
+def _mean(x: jax.Array) -> jax.Array:
+    return x.mean(axis=tuple(range(1, x.ndim)))
+
+
+def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Mean over positions of `1 − cos` along the channel axis of two (B, H, W, C) arrays, (B,)."""
+    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return _mean(1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-8))
+
+
+def losses_from(
+    prediction: Prediction, target: jax.Array, options: LossOptions, omega: jax.Array | float
+) -> Losses:
+    """Compares both heads with the target (B, H, W, C); `omega` is ω at this step."""
+    final_target = target
+    zero = jnp.zeros(target.shape[0], jnp.float32)
+    auxiliary = zero
+    if prediction.auxiliary is not None:
+        auxiliary = _mean(jnp.square(prediction.auxiliary - target))
+        if options.guided_target_scale:
+            gap = jax.lax.stop_gradient(prediction.final - prediction.auxiliary)
+            final_target = target + omega * gap
+    final = _mean(jnp.square(prediction.final - final_target))
+    cosine = cosine_distance(prediction.final, final_target) if options.cosine_weight else zero
+    total = final + options.auxiliary_weight * auxiliary + options.cosine_weight * cosine
+    return Losses(total, final, auxiliary, cosine)
+
+
+def losses_at(
+    network: Network,
+    x: jax.Array,
+    labels: jax.Array,
+    noise: jax.Array,
+    t: jax.Array,
+    options: LossOptions,
+    omega: jax.Array | float | None = None,
+) -> Losses:
+    """Losses at given noise and times.
+
+    Args:
+        network: `network(x_t, t, y) -> Prediction`.
+        x, noise: (B, H, W, C) data and standard normal noise.
+        labels: (B,) int32, null labels included.
+        t: (B,) path times in [0, 1].
+        options: see `LossOptions`.
+        omega: ω at this step; `options.guided_target_scale` if None.
+
+    Returns:
+        Per-example `Losses`.
+    """
+    path = interpolants.get(options.path)
+    prediction = network(interpolants.interpolate(path, x, noise, t), path.network_time(t), labels)
+    target = interpolants.target(path, options.prediction, x, noise, t)
+    omega = options.guided_target_scale if omega is None else omega
+    return losses_from(prediction, target, options, omega)
+
+
+def drop_labels(labels: jax.Array, key: jax.Array, rate: float, null_label: int) -> jax.Array:
+    """Replaces each of (B,) labels by the null label with probability `rate`."""
+    return jnp.where(jax.random.uniform(key, labels.shape) < rate, null_label, labels)
+
+
+def losses(
+    network: Network,
+    x: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    options: LossOptions,
+    null_label: int,
+    omega: jax.Array | float | None = None,
+) -> Losses:
+    """Losses at random times and noise, with label dropout; everything drawn from `key`."""
+    time_key, noise_key, label_key = jax.random.split(key, 3)
+    t = interpolants.draw_times(interpolants.get(options.path), options.times, time_key, x.shape[0])
+    noise = jax.random.normal(noise_key, x.shape, jnp.float32)
+    labels = drop_labels(labels, label_key, options.label_dropout, null_label)
+    return losses_at(network, x, labels, noise, t, options, omega)

@@ -1,0 +1,17 @@
+"""The one exception type that users meet.
+
+Everything a person can get wrong (a field, a file, a shape) is raised as `InputError` with one line
+that says what was found and what was expected; `ig_jax.main` prints that line without a traceback.
+"""
+
+
+class InputError(ValueError):
+    """Bad input: a config field, flag, file or array that is not what it should be."""
+
+
+def suggest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:
+    """Returns `"; did you mean a, b?"` for the known names closest to `name`, or nothing."""
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
+    return f"; did you mean {', '.join(close)}?" if close else ""

@@ -1,0 +1,1 @@
+"""How good samples are: the five metrics, and the search for the best guidance."""

@@ -1,0 +1,509 @@
+"""`--mode=evaluate`: samples of a model, or pictures on disk, scored against a reference.
+
+Settings are compared on the same noise and labels; every score is stored with its protocol.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax import console, pictures, sampling
+from ig_jax.convert import inception
+from ig_jax.data.source import DataSource
+from ig_jax.diffusion.guidance import Guidance
+from ig_jax.errors import InputError
+from ig_jax.evaluation import metrics, protocol, sets
+from ig_jax.evaluation.features import DigitsExtractor, FeatureExtractor, InceptionExtractor
+from ig_jax.evaluation.protocol import Result
+from ig_jax.evaluation.sets import SetFeatures
+from ig_jax.evaluation.statistics import ReferenceStatistics
+from ig_jax.experiment import Experiment, make_to_images
+from ig_jax.models.functional import Params
+from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.training.processes import is_primary
+
+FOLDER = "evaluation"
+
+log = logging.getLogger("ig_jax")
+
+
+def make_extractor(config: ConfigDict, mesh: jax.sharding.Mesh) -> FeatureExtractor:
+    """The extractor that `config.evaluation.features` names; "auto" goes by the data set.
+
+    Raises:
+        InputError: if Inception is wanted and its weights are missing or damaged.
+    """
+    name = config.evaluation.features
+    if name == "auto":
+        name = "digits" if config.data.name == "digits" else "inception"
+    if name == "digits":
+        return DigitsExtractor()
+    batch_size = 64 * len(mesh.local_devices)
+    path = config.evaluation.inception_path
+    if not path:
+        raise InputError(
+            "config.evaluation.inception_path is empty: expected the Inception weights, "
+            f"downloaded from {inception.URL}"
+        )
+    return InceptionExtractor.from_file(path, batch_size=batch_size, mesh=mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Everything that scoring needs besides weights.
+
+    Attributes:
+        experiment: the config and its parts.
+        source: the data set.
+        extractor: what turns pictures into features.
+        reference: what they are compared with.
+        drawer: the compiled sampler.
+        to_images: from model space to uint8 pictures.
+    """
+
+    experiment: Experiment
+    source: DataSource
+    extractor: FeatureExtractor
+    reference: ReferenceStatistics
+    drawer: sampling.Drawer
+    to_images: sets.ToImages
+
+    @classmethod
+    def create(
+        cls,
+        experiment: Experiment,
+        source: DataSource,
+        workdir: epath.PathLike | None = None,
+        drawer: sampling.Drawer | None = None,
+    ) -> Evaluator:
+        """Builds the parts that a config describes; nothing is compiled for sampling yet.
+
+        Args:
+            experiment: the config and its parts.
+            source: its data set.
+            workdir: reference statistics are cached in its folder `evaluation`, if given.
+            drawer: a sampler to share, which saves its compilation.
+
+        Raises:
+            InputError: missing or unfitting Inception weights, reference file or resolution.
+        """
+        config = experiment.config
+        to_images = make_to_images(experiment, source)
+        extractor = make_extractor(config, experiment.mesh)
+        data = sets.DataImages(source, to_images, config.data.name)
+        cache = None if workdir is None else epath.Path(workdir) / FOLDER
+        reference = sets.open_reference(config.evaluation.reference, extractor, data, cache)
+        drawer = drawer or sampling.make_drawer(experiment)
+        return cls(experiment, source, extractor, reference, drawer, to_images)
+
+    def sample_features(
+        self,
+        params: Params,
+        guidance: Guidance,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        *,
+        weak_params: Params | None = None,
+        advance: console.Advance = lambda count=1, text="": None,
+    ) -> SetFeatures:
+        """Features of the samples with these indices and labels, (N,) each.
+
+        Raises:
+            InputError: if the model's samples are not finite.
+        """
+        accumulator = sets.FeatureAccumulator(self.extractor)
+        batches = self.drawer.batches(params, guidance, seed, indices, labels, weak_params)
+        for positions, x in batches:
+            if len(positions) == 0:
+                continue
+            if not np.all(np.isfinite(x)):
+                raise InputError(
+                    f"samples at {protocol.describe_guidance(protocol.guidance_record(guidance))} "
+                    "are not finite: expected a trained model and moderate guidance scales"
+                )
+            accumulator.add(positions, self.to_images(x))
+            advance(len(positions) * jax.process_count())
+        return accumulator.finish(len(indices))
+
+    def score(
+        self, samples: SetFeatures, labels: np.ndarray | None
+    ) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Scores pictures against the reference.
+
+        Args:
+            samples: their features.
+            labels: (N,) labels that were asked for, or None if unknown or meaningless.
+
+        Returns:
+            (metrics, notes): values by name of `protocol.METRICS`, and warnings.
+        """
+        reference = self.reference
+        check_resolution(reference, samples.shape[1:3])
+        counts = (samples.shape[0], reference.pool.count)
+        few = (metrics.few_samples(count, self.extractor.width) for count in counts)
+        notes = [note for note in few if note]
+        with warnings.catch_warnings():  # it is among the notes
+            warnings.simplefilter("ignore", metrics.FewSamplesWarning)
+            found = {"fid": metrics.frechet_distance(samples.pool, reference.pool)}
+            if samples.spatial is not None and reference.spatial is not None:
+                found["sfid"] = metrics.frechet_distance(samples.spatial, reference.spatial)
+        if isinstance(self.extractor, InceptionExtractor):
+            found["inception_score"] = metrics.inception_score(samples.probabilities)
+        if reference.features is None:
+            notes.append("no precision and recall: the reference holds neither features nor images")
+        else:
+            pair = metrics.precision_recall(reference.features, samples.features)
+            found |= {"precision": pair.precision, "recall": pair.recall}
+        if isinstance(self.extractor, DigitsExtractor) and labels is not None:
+            read = samples.probabilities.argmax(1)
+            found["label_accuracy"] = float(np.mean(read == labels))
+        return found, tuple(notes)
+
+    def record(self, samples: SetFeatures, sampling_record: dict[str, Any] | None) -> dict:
+        """The protocol of scores of `samples`; without a sampling record those fields are None."""
+        reference, extractor = self.reference, self.extractor
+        drawn = sampling_record or dict.fromkeys(protocol.SAMPLING_FIELDS)
+        size = f"{samples.shape[1]}x{samples.shape[2]}"
+        is_inception = isinstance(extractor, InceptionExtractor)
+        return {
+            **drawn,
+            "num_samples": samples.shape[0],
+            "samples": "drawn for this score",
+            "samples_hash": samples.digest,
+            "resolution": size,
+            "features": extractor.name,
+            "features_hash": extractor.fingerprint,
+            "resize": "TF1 bilinear to 299x299" if is_inception else "none",
+            "uint8": True,
+            "reference": reference.metadata["name"],
+            "reference_hash": reference.metadata["hash"],
+            "reference_count": reference.metadata["count"],
+            "versions": protocol.versions(),
+            "device": jax.devices()[0].device_kind,
+        }
+
+    @property
+    def labels_mean_something(self) -> bool:
+        """Whether the model was asked for classes that the extractor can read."""
+        return self.experiment.spec.num_classes > 0
+
+
+def check_resolution(reference: ReferenceStatistics, found: Sequence[int]) -> None:
+    """Raises `InputError` if pictures (height, width) and the reference's differ in size."""
+    expected = reference.metadata["resolution"]
+    if expected is not None and tuple(expected) != tuple(found):
+        raise InputError(
+            f"samples are {found[0]}x{found[1]}: reference {reference.metadata['name']} has "
+            f"{expected[0]}x{expected[1]}, expected the same resolution"
+        )
+
+
+def guidances(config: ConfigDict) -> list[Guidance]:
+    """The settings to score: the config's guidance at each of `evaluation.ig_scales`, if any."""
+    base = config_lib.guidance(config)
+    scales = config.evaluation.ig_scales or (base.ig_scale,)
+    return [base.replace(ig_scale=float(scale)) for scale in scales]
+
+
+def evaluate(
+    experiment: Experiment,
+    params: Params,
+    source: DataSource,
+    *,
+    workdir: epath.PathLike | None = None,
+    step: int | None = None,
+    ema: bool = True,
+    weak_params: Params | None = None,
+    drawer: sampling.Drawer | None = None,
+) -> list[Result]:
+    """Scores a model at each setting that the config lists, on the same noise and labels.
+
+    Args:
+        experiment: the config and its parts.
+        params: the network's parameters, on the mesh.
+        source: the data set.
+        workdir: where reference statistics are cached; nothing else is written.
+        step: training step of `params`, for the record.
+        ema: whether they are the EMA, for the record.
+        weak_params: of the network that replaces the auxiliary head, if there is one.
+        drawer: a sampler to share, which saves its compilation.
+
+    Returns:
+        A result for each of `guidances(config)`, the same on every process.
+
+    Raises:
+        InputError: before anything is compiled, unless samples turn out not to be finite.
+    """
+    config = experiment.config
+    check_guidance(experiment, guidances(config), weak_params is not None)
+    evaluator = Evaluator.create(experiment, source, workdir, drawer)
+    check_resolution(evaluator.reference, picture_size(experiment, source))
+    indices = np.arange(config.evaluation.num_samples)
+    labels = sampling.labels_for(config, indices, source.class_names)
+    digest = protocol.weights_hash(params)
+    results = []
+    settings = guidances(config)
+    with console.progress_bar(len(settings) * len(indices), "evaluating") as advance:
+        for guidance in settings:
+            found = evaluator.sample_features(
+                params,
+                guidance,
+                indices,
+                labels,
+                config.seed,
+                weak_params=weak_params,
+                advance=advance,
+            )
+            drawn = protocol.sampling_record(
+                config, guidance, step=step, weights=digest, ema=ema, seed=config.seed
+            )
+            asked = labels if evaluator.labels_mean_something else None
+            scores, notes = evaluator.score(found, asked)
+            results.append(Result(scores, evaluator.record(found, drawn), notes))
+    return results
+
+
+def evaluate_files(experiment: Experiment, source: DataSource, workdir: epath.PathLike) -> Result:
+    """Scores the pictures that `config.evaluation.samples` names.
+
+    The record has what the file says of its sampling (an `.npz` of ours does), and else None.
+    """
+    path = experiment.config.evaluation.samples
+    images = sets.open_images(path)
+    labels, drawn = sets.stored_facts(path, images.shape[0])
+    evaluator = Evaluator.create(experiment, source, workdir)
+    check_resolution(evaluator.reference, images.shape[1:3])
+    found = sets.file_features(images, evaluator.extractor, "sample features")
+    scores, notes = evaluator.score(found, labels if evaluator.labels_mean_something else None)
+    record = evaluator.record(found, drawn) | {"samples": path}
+    return Result(scores, record, notes)
+
+
+def check_guidance(experiment: Experiment, settings: Sequence[Guidance], weak: bool) -> None:
+    """Raises `InputError` if a setting needs a head or branch that the model does not have."""
+    for guidance in settings:
+        if experiment.spec.auxiliary_depth is None and not weak and guidance.ig_scale != 1:
+            raise InputError(
+                f"IG scale {guidance.ig_scale:g}: expected 1 only, this model has no auxiliary "
+                "head (config.model.auxiliary_depth is 0)"
+            )
+        if experiment.spec.num_classes == 0 and guidance.cfg_scale != 1:
+            raise InputError(
+                f"CFG scale {guidance.cfg_scale:g}: expected 1 only, this model is unconditional "
+                "(config.model.num_classes is 0)"
+            )
+
+
+def picture_size(experiment: Experiment, source: DataSource) -> tuple[int, int]:
+    """(height, width) of the pictures that a model draws."""
+    if source.autoencoder is None:
+        return experiment.sample_shape[:2]
+    return (experiment.config.data.image_size,) * 2
+
+
+class TrainingEvaluation:
+    """Scores during training: `evaluation.train_samples` samples at the config's own guidance.
+
+    Args:
+        experiment: the config and its parts.
+        source: its data set.
+        workdir: where reference statistics are cached.
+        drawer: the loop's sampler.
+
+    Raises:
+        InputError: for a missing or unfitting file, at the start of the run.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: DataSource,
+        workdir: epath.PathLike,
+        drawer: sampling.Drawer | None = None,
+    ):
+        self._config = experiment.config
+        self._evaluator = Evaluator.create(experiment, source, workdir, drawer)
+        check_resolution(self._evaluator.reference, picture_size(experiment, source))
+        self._indices = np.arange(self._config.evaluation.train_samples)
+        self._labels = sampling.labels_for(self._config, self._indices, source.class_names)
+        self._noted = False
+
+    def __call__(self, params: Params, weak_params: Params | None = None) -> dict[str, float]:
+        """Returns the scores of (EMA) parameters by name, "fid" among them, on every process."""
+        found = self._evaluator.sample_features(
+            params,
+            config_lib.guidance(self._config),
+            self._indices,
+            self._labels,
+            self._config.seed,
+            weak_params=weak_params,
+        )
+        asked = self._labels if self._evaluator.labels_mean_something else None
+        scores, notes = self._evaluator.score(found, asked)
+        if notes and not self._noted:
+            log.warning("evaluation during training: %s", "; ".join(notes))
+            self._noted = True
+        return scores
+
+
+def report(results: Sequence[Result], workdir: epath.PathLike) -> str:
+    """Prints the table and writes JSON and (for several settings) a plot, on the primary process.
+
+    Returns:
+        A line that says where the files are.
+    """
+    folder = epath.Path(workdir) / FOLDER
+    stem = _file_stem(results)
+    path = folder / f"{stem}.json"
+    if not is_primary():
+        return str(path)
+    print_results(results)
+    protocol.save(path, results)
+    if len(results) == 1:
+        return f"{protocol.line(results[0])}\nscores with their protocol: {path}"
+    pictures.save_figure(folder / f"{stem}.png", plot(results))
+    return f"scores with their protocol: {path}, and a plot: {stem}.png"
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """Prints a table with a row for each result, and their notes."""
+    first = results[0].protocol
+    names = [name for name in protocol.METRICS if any(name in r.metrics for r in results)]
+    titles = [metric_title(name, first) for name in names]
+    rows = [
+        [_setting(result.protocol), *(_cell(result, name) for name in names)] for result in results
+    ]
+    origin = first["samples"] if first["sampler"] is None else f"step {first['checkpoint_step']}"
+    title = f"{first['num_samples']:,} samples of {origin} against {first['reference']}"
+    console.print_table(title, ["guidance", *titles], rows)
+    for note in dict.fromkeys(note for result in results for note in result.notes):
+        print(f"note: {note}")
+
+
+def metric_title(name: str, record: dict[str, Any]) -> str:
+    """What tables and plots call a metric; only Inception's Fréchet distance is called FID."""
+    if name == "fid" and not protocol.is_fid(record):
+        return "Fréchet distance"
+    return protocol.METRICS[name][0]
+
+
+def _cell(result: Result, name: str) -> str:
+    value = result.metrics.get(name)
+    return "" if value is None else f"{value:{protocol.METRICS[name][1]}}"
+
+
+def _setting(record: dict[str, Any]) -> str:
+    if record["ig_scale"] is None:
+        return "unknown"
+    words = protocol.describe_guidance(record)
+    return words + {0: " (auxiliary head)", 1: " (no IG)"}.get(record["ig_scale"], "")
+
+
+def _file_stem(results: Sequence[Result]) -> str:
+    """A name of the step and of the protocol, so that other protocols' results stay."""
+    records = [
+        {k: v for k, v in r.protocol.items() if k not in ("versions", "device")} for r in results
+    ]
+    digest = hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()[:6]
+    step = records[0]["checkpoint_step"]
+    name = "samples" if step is None else f"step_{step:07d}"
+    return f"{name}-{digest}"
+
+
+# Metrics that share a panel, and its axis label.
+_PANELS = (
+    (("fid", "sfid"), "distance (lower is better)"),
+    (("inception_score",), "Inception Score"),
+    (("precision", "recall", "label_accuracy"), "share of pictures"),
+)
+
+
+def plot(results: Sequence[Result]) -> Any:
+    """A figure of every metric against the IG scale, a panel for each kind of unit."""
+    from matplotlib.figure import Figure
+
+    results = sorted(results, key=lambda result: result.protocol["ig_scale"])
+    record = results[0].protocol
+    scales = [result.protocol["ig_scale"] for result in results]
+    panels = [
+        ([name for name in names if all(name in r.metrics for r in results)], label)
+        for names, label in _PANELS
+    ]
+    panels = [(names, label) for names, label in panels if names]
+    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (names, label) in zip(every_axes, panels, strict=True):
+        for name, marker in zip(names, "os^", strict=False):
+            values = [result.metrics[name] for result in results]
+            axes.plot(scales, values, marker=marker, label=metric_title(name, record))
+        axes.axvline(1, color="0.6", linestyle=":", label="no guidance (w = 1)")
+        axes.set(xlabel="IG scale w", ylabel=label)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(
+        f"{record['num_samples']:,} samples of step {record['checkpoint_step']}, "
+        f"{record['sampler']}, labels {record['labels']}; reference: {record['reference']}",
+        fontsize="medium",
+    )
+    return figure
+
+
+def at_end(
+    experiment: Experiment,
+    params: Params,
+    source: DataSource,
+    workdir: epath.PathLike,
+    drawer: sampling.Drawer | None = None,
+    weak_params: Params | None = None,
+) -> str:
+    """Evaluates freshly trained EMA weights, prints and stores the scores, and says where."""
+    results = evaluate(
+        experiment,
+        params,
+        source,
+        workdir=workdir,
+        step=experiment.config.train.num_steps,
+        drawer=drawer,
+        weak_params=weak_params,
+    )
+    return report(results, workdir)
+
+
+def run(config: ConfigDict, workdir: str) -> str:
+    """`--mode=evaluate`: scores a workdir's checkpoint, or `config.evaluation.samples`.
+
+    Writes results into `workdir/evaluation` and nothing else. Returns the last line to print;
+    raises `InputError`.
+    """
+    experiment = Experiment.from_config(config)
+    source = experiment.open_data()
+    if config.evaluation.samples:
+        return report([evaluate_files(experiment, source, workdir)], workdir)
+    params, step = load_weights(experiment, workdir)
+    ema = config.sampler.ema
+    results = evaluate(experiment, params, source, workdir=workdir, step=step, ema=ema)
+    return report(results, workdir)
+
+
+def load_weights(experiment: Experiment, workdir: epath.PathLike) -> tuple[Params, int]:
+    """The last checkpoint's weights (EMA or raw, as `sampler.ema` says) and their step."""
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.step()
+    params = checkpoints.weights(
+        experiment.abstract_params(), step, ema=experiment.config.sampler.ema
+    )
+    checkpoints.close()
+    return params, step

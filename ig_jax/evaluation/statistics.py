@@ -1,0 +1,368 @@
+"""Feature means and covariances in float64: streamed, merged over processes, stored as `.npz`.
+
+The files share ADM's names (`mu`, `sigma`, `mu_s`, `sigma_s`, `arr_0`), so ADM's reference sets are
+read as they are; arrays that would need unpickling are refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import IO, Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from ig_jax.errors import InputError
+
+# Rows are folded in blocks of this many, whatever sizes they arrive in, so that the result does not
+# depend (not even in the last bit) on batch sizes.
+BLOCK = 1024
+
+# What reading a damaged zip member raises.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianStatistics:
+    """Moments of a set of feature vectors.
+
+    Attributes:
+        mean: (D,) float64.
+        covariance: (D, D) float64, unbiased (divided by count − 1), as `np.cov` and ADM have it.
+        count: number of feature vectors; None where a file does not say (ADM's).
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: int | None = None
+
+    def __post_init__(self):
+        width = self.mean.shape[0] if self.mean.ndim == 1 else -1
+        if self.covariance.shape != (width, width):
+            raise InputError(
+                f"statistics: mean has shape {self.mean.shape} and covariance "
+                f"{self.covariance.shape}, expected (D,) and (D, D)"
+            )
+        if not (np.all(np.isfinite(self.mean)) and np.all(np.isfinite(self.covariance))):
+            raise InputError("statistics: mean or covariance has NaN or infinite values")
+
+
+class RunningStatistics:
+    """Accumulates mean and covariance of feature vectors that arrive in batches.
+
+    Keeps (count, mean, scatter about the mean) and merges by the pairwise update of Chan, Golub &
+    LeVeque (1979), which loses no digits when the mean is large against the spread. Memory is one
+    D × D float64 matrix and one block of rows.
+    """
+
+    def __init__(self, width: int):
+        self.width = width
+        self.count = 0
+        self._mean = np.zeros(width)
+        self._scatter = np.zeros((width, width))
+        self._pending: list[np.ndarray] = []
+
+    def update(self, features: np.ndarray) -> None:
+        """Adds (N, D) features.
+
+        Raises:
+            InputError: if they are not (N, D) or not finite.
+        """
+        features = np.asarray(features, np.float64)
+        if features.ndim != 2 or features.shape[1] != self.width:
+            raise InputError(f"features: shape {features.shape}, expected (N, {self.width})")
+        if not np.all(np.isfinite(features)):
+            raise InputError("features: NaN or infinite values")
+        self._pending.append(features)
+        if sum(map(len, self._pending)) >= BLOCK:
+            rows = np.concatenate(self._pending)
+            full = len(rows) - len(rows) % BLOCK
+            for start in range(0, full, BLOCK):
+                self._fold(*_moments(rows[start : start + BLOCK]))
+            self._pending = [rows[full:]]
+
+    def merge(self, other: RunningStatistics) -> None:
+        """Adds everything that `other` has seen."""
+        if other.width != self.width:
+            raise InputError(f"statistics: merging width {other.width} into {self.width}")
+        self._flush()
+        self._fold(*other._parts())
+
+    def result(self) -> GaussianStatistics:
+        """Returns the statistics of everything seen so far; more can be added afterwards.
+
+        Raises:
+            InputError: if fewer than two vectors were seen.
+        """
+        count, mean, scatter = self._parts()
+        if count < 2:
+            raise InputError(f"statistics: {count} feature vectors, expected at least 2")
+        return GaussianStatistics(mean, scatter / (count - 1), count)
+
+    def over_processes(self) -> RunningStatistics:
+        """Returns the accumulator of all processes' vectors together, the same on each of them.
+
+        Only moments travel (D² numbers of each process, in slices), never the features. With one
+        process this is a copy. Every process must call it.
+        """
+        total = RunningStatistics(self.width)
+        count, mean, scatter = self._parts()
+        if jax.process_count() == 1:
+            total._fold(count, mean, scatter)
+            return total
+        counts = _gather(np.asarray([count], np.float64))[:, 0]
+        means = _gather(mean)
+        # A matrix of every process at once would be 32 MiB × processes at 2048; fold by row slices.
+        # Chan's update of a slice of rows needs only those rows and the two mean vectors.
+        for start in range(0, self.width, 256):
+            rows = slice(start, start + 256)
+            seen, running = 0.0, np.zeros(self.width)
+            for n, m, part in zip(counts, means, _gather(scatter[rows]), strict=True):
+                if n > 0:
+                    delta = m - running
+                    weight = seen * n / (seen + n)
+                    total._scatter[rows] += part + np.outer(delta[rows], delta) * weight
+                    running = running + delta * (n / (seen + n))
+                    seen += n
+            total._mean = running
+        total.count = int(counts.sum())
+        return total
+
+    def _parts(self) -> tuple[int, np.ndarray, np.ndarray]:
+        """(count, mean, scatter) with the pending rows folded in, leaving `self` unchanged."""
+        whole = RunningStatistics(self.width)
+        whole.count, whole._mean = self.count, self._mean
+        whole._scatter, whole._pending = self._scatter.copy(), self._pending
+        whole._flush()
+        return whole.count, whole._mean, whole._scatter
+
+    def _flush(self) -> None:
+        rows = sum(map(len, self._pending))
+        if rows:
+            self._fold(*_moments(np.concatenate(self._pending)))
+        self._pending = []
+
+    def _fold(self, count: int, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self._mean
+        self._scatter += scatter + np.outer(delta, delta) * (self.count * count / total)
+        self._mean = self._mean + delta * (count / total)
+        self.count = total
+
+
+def gaussian_statistics(features: np.ndarray) -> GaussianStatistics:
+    """Returns mean and unbiased covariance of (N, D) features, N ≥ 2."""
+    running = RunningStatistics(np.shape(features)[-1])
+    running.update(features)
+    return running.result()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReferenceStatistics:
+    """What samples are compared with.
+
+    Attributes:
+        pool: statistics of the pooled features (FID; 2048 wide for Inception).
+        spatial: statistics of the spatial features (sFID; 2023 wide), or None.
+        features: (N, D) float32 pooled features for precision and recall, or None (ADM's files hold
+            images in their place, see `NpzImages`).
+        metadata: plain values that say what this was computed from.
+    """
+
+    pool: GaussianStatistics
+    spatial: GaussianStatistics | None = None
+    features: np.ndarray | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def save_statistics(path: os.PathLike | str, reference: ReferenceStatistics) -> None:
+    """Writes statistics as an `.npz` that `load_statistics` (and ADM's evaluator, for FID) reads.
+
+    The file is complete or absent: it is written beside its place and moved there.
+    """
+    arrays = {"mu": reference.pool.mean, "sigma": reference.pool.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    if reference.pool.count is not None:
+        arrays["count"] = np.asarray(reference.pool.count, np.int64)
+    arrays["metadata"] = np.asarray(json.dumps(dict(reference.metadata), sort_keys=True))
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def load_statistics(path: os.PathLike | str) -> ReferenceStatistics:
+    """Reads statistics written by `save_statistics`, or ADM's `VIRTUAL_*.npz` (images unread).
+
+    Raises:
+        InputError: if the file is missing, damaged, pickled, or has no `mu` and `sigma`.
+    """
+    with _open_npz(path) as file:
+        missing = {"mu", "sigma"} - set(file.files)
+        if missing:
+            raise InputError(
+                f"{path}: holds {', '.join(file.files) or 'nothing'}, expected mu and sigma "
+                "(and mu_s, sigma_s)"
+            )
+        count = int(_member(file, path, "count")) if "count" in file.files else None
+        spatial = None
+        if {"mu_s", "sigma_s"} <= set(file.files):
+            spatial = _gaussian(file, path, "mu_s", "sigma_s", count)
+        return ReferenceStatistics(
+            pool=_gaussian(file, path, "mu", "sigma", count),
+            spatial=spatial,
+            features=_member(file, path, "features") if "features" in file.files else None,
+            metadata=json.loads(str(_member(file, path, "metadata")))
+            if "metadata" in file.files
+            else {},
+        )
+
+
+class NpzImages:
+    """The images `arr_0` of a sample or reference `.npz`, read in order and in chunks.
+
+    50,000 images of 256×256 are 9.8 GB, so the array is never held whole.
+
+    Attributes:
+        shape: (N, H, W, C) of the stored uint8 array.
+    """
+
+    def __init__(self, path: os.PathLike | str, key: str = "arr_0"):
+        """Opens the header only.
+
+        Raises:
+            InputError: if the file is missing, damaged or pickled, lacks `key`, or the array is not
+                (N, H, W, C) uint8.
+        """
+        self.path, self.key = _existing(path), key
+        with self._stream() as stream:
+            self.shape = self._read_header(stream)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def chunks(self, size: int) -> Iterator[np.ndarray]:
+        """Yields (≤ size, H, W, C) uint8 arrays that together are the whole array."""
+        with self._stream() as stream:
+            self._read_header(stream)
+            row_bytes = int(np.prod(self.shape[1:]))
+            for start in range(0, len(self), size):
+                rows = min(size, len(self) - start)
+                try:
+                    data = stream.read(rows * row_bytes)
+                except DAMAGE as error:
+                    raise InputError(f"{self.path}: {self.key} is damaged ({error})") from error
+                if len(data) != rows * row_bytes:
+                    raise InputError(f"{self.path}: {self.key} ends early, the file is truncated")
+                yield np.frombuffer(data, np.uint8).reshape(rows, *self.shape[1:])
+
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[IO[bytes]]:
+        with self.path.open("rb") as file, _archive(file, self.path) as archive:
+            keys = [name.removesuffix(".npy") for name in archive.namelist()]
+            if self.key not in keys:
+                raise InputError(f"{self.path}: holds {', '.join(keys)}; expected {self.key}")
+            with archive.open(f"{self.key}.npy") as stream:
+                yield stream
+
+    def _read_header(self, stream: IO[bytes]) -> tuple[int, int, int, int]:
+        try:
+            version = np.lib.format.read_magic(stream)
+            # Version 2 differs from 1 by longer headers; 3 is for field names, which images lack.
+            form = np.lib.format
+            first = version == (1, 0)
+            read = form.read_array_header_1_0 if first else form.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except (*DAMAGE, ValueError) as error:
+            raise InputError(f"{self.path}: {self.key} is damaged ({error})") from error
+        if dtype.hasobject:
+            raise InputError(_pickled(self.path, self.key))
+        if dtype != np.uint8 or len(shape) != 4 or fortran:
+            raise InputError(
+                f"{self.path}: {self.key} is {dtype} {shape}{' in Fortran order' * fortran}, "
+                "expected uint8 (N, height, width, channels)"
+            )
+        return shape
+
+
+def _moments(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    mean = rows.mean(0)
+    centred = rows - mean
+    return len(rows), mean, centred.T @ centred
+
+
+def _gather(array: np.ndarray) -> np.ndarray:
+    """Stacks every process's float64 array, in process order."""
+    from jax.experimental import multihost_utils
+
+    # As 32-bit words: JAX would round float64 to float32.
+    words = np.ascontiguousarray(array).view(np.uint32)
+    stacked = multihost_utils.process_allgather(words)
+    return np.ascontiguousarray(stacked).view(np.float64)
+
+
+def _archive(file: IO[bytes], path: epath.Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except zipfile.BadZipFile as error:
+        raise InputError(f"{path}: not an .npz file, or truncated ({error})") from error
+
+
+@contextlib.contextmanager
+def _open_npz(path: os.PathLike | str) -> Iterator[np.lib.npyio.NpzFile]:
+    path = _existing(path)
+    with path.open("rb") as file:
+        _archive(file, path).close()
+        file.seek(0)
+        with np.load(file, allow_pickle=False) as opened:
+            yield opened
+
+
+def _existing(path: os.PathLike | str) -> epath.Path:
+    path = epath.Path(path)
+    if not path.exists() or path.is_dir():
+        raise InputError(f"{path}: no such .npz file")
+    return path
+
+
+def _member(file: np.lib.npyio.NpzFile, path: os.PathLike | str, key: str) -> np.ndarray:
+    try:
+        return file[key]
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise InputError(_pickled(path, key)) from error
+        raise InputError(f"{path}: {key} is damaged ({error})") from error
+    except DAMAGE as error:
+        raise InputError(f"{path}: {key} is damaged ({error})") from error
+
+
+def _pickled(path: os.PathLike | str, key: str) -> str:
+    return f"{path}: {key} holds pickled Python objects, refused; expected plain numbers"
+
+
+def _gaussian(
+    file: np.lib.npyio.NpzFile,
+    path: os.PathLike | str,
+    mean: str,
+    covariance: str,
+    count: int | None,
+) -> GaussianStatistics:
+    arrays = [_member(file, path, key) for key in (mean, covariance)]
+    try:
+        return GaussianStatistics(*(np.asarray(a, np.float64) for a in arrays), count)
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: {mean}, {covariance}: {error}") from error

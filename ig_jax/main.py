@@ -1,0 +1,179 @@
+"""`python -m ig_jax.main`: trains, samples and evaluates. Flags and modes, nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from ig_jax import console
+
+console.quiet_libraries()
+
+from absl import app, flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from ig_jax.errors import InputError, suggest  # noqa: E402
+
+START = """\
+How to start
+  python -m ig_jax.main --config=configs/digits_ig.py --workdir=/tmp/digits
+      trains on handwritten digits (minutes on a CPU), then scores a range of guidance scales
+  python -m ig_jax.main --mode=sample --workdir=/tmp/digits --config.guidance.ig_scale=1.5
+      draws from the trained model; any --config.field=value overrides what the checkpoint says
+  python -m ig_jax.main --help
+      lists the modes and flags
+"""
+
+
+def _train(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.training import loop
+
+    return loop.run(config, workdir)
+
+
+def _sample(config: ConfigDict, workdir: str) -> str:
+    from ig_jax import sampling
+
+    return sampling.run(config, workdir)
+
+
+def _evaluate(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.evaluation import evaluate
+
+    return evaluate.run(config, workdir)
+
+
+# mode → (what it does, function(config, workdir) → the last line to print)
+MODES: dict[str, tuple[str, Callable[[ConfigDict, str], str]]] = {
+    "train": ("train the config's model; continues by itself in the same workdir", _train),
+    "sample": ("draw samples from a workdir: labelled PNG grid and .npz", _sample),
+    "evaluate": ("score a workdir's samples, or an existing .npz or folder", _evaluate),
+}
+
+_HELP_FLAGS = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
+_HELP = "one of: " + "; ".join(f"{name} – {line}" for name, (line, _) in MODES.items())
+_MODE = flags.DEFINE_string("mode", "train", _HELP)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "directory of checkpoints, logs and results (local or gs://)"
+)
+
+
+def _argument(argv: list[str], name: str) -> str | None:
+    """The value of `--name=value` or `--name value`, before flags are parsed."""
+    for i, argument in enumerate(argv):
+        if argument in (f"--{name}", f"-{name}") and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith((f"--{name}=", f"-{name}=")):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def define_config(argv: list[str]) -> None:
+    """Defines `--config` and its overrides: from the file given, or from the workdir's checkpoint.
+
+    Raises:
+        InputError: neither a config file nor a workdir with a checkpoint.
+    """
+    path, workdir = _argument(argv, "config"), _argument(argv, "workdir")
+    if path is not None:
+        file = path.split(":", 1)[0]
+        if not os.path.exists(file):
+            raise InputError(f"--config is {path!r}: expected an existing file, such as configs/…")
+        config_flags.DEFINE_config_file("config", None, "experiment file, `get_config()`")
+        return
+    if workdir is None:
+        raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
+    from ig_jax.training.checkpoint import saved_config
+
+    config = saved_config(workdir)
+    try:
+        config_flags.DEFINE_config_dict("config", config)
+    except (flags.Error, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise InputError(_flag_message(argv, error)) from None
+
+
+def _run(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise InputError(f"unexpected argument {argv[1]!r}: options look like --mode=sample")
+    mode, workdir = _MODE.value, _WORKDIR.value
+    if mode not in MODES:
+        known = tuple(MODES)
+        raise InputError(
+            f"--mode is {mode!r}: expected one of {', '.join(known)}{suggest(mode, known)}"
+        )
+    if workdir is None:
+        raise InputError("--workdir=DIR expected: where checkpoints and results go")
+    config = flags.FLAGS["config"].value
+    from ig_jax import config as config_lib
+
+    config_lib.validate(config)
+    from ig_jax.training import processes
+
+    processes.initialize(config_lib.fingerprint(config))
+    last_line = MODES[mode][1](config, workdir)
+    if processes.is_primary():
+        print(last_line)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; returns the exit code (2 for bad input, named in one line)."""
+    argv = list(sys.argv if argv is None else argv)
+    if len(argv) == 1:
+        print(START, end="")
+        return 0
+    try:
+        if _HELP_FLAGS.isdisjoint(argv):
+            define_config(argv)
+        app.run(_run, argv, flags_parser=_parse)
+    except InputError as error:
+        print(f"ig_jax: {error}", file=sys.stderr)
+        from ig_jax.training import processes
+
+        processes.abandon(2)
+    return 0
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; what ml_collections and absl complain about becomes one clear line."""
+    if not _HELP_FLAGS.isdisjoint(argv):
+        print(START)
+        print("Modes (--mode=…)")
+        for name, (line, _) in MODES.items():
+            print(f"  {name:10} {line}")
+        print(
+            "\nFlags\n  --config=FILE       experiment; without it, the workdir's checkpoint's own"
+        )
+        print("  --config.a.b=value  overrides a field (see ig_jax/config.py for all of them)")
+        print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
+        raise SystemExit(0)
+    try:
+        return flags.FLAGS(argv)
+    except (flags.Error, AttributeError, TypeError, KeyError, ValueError) as error:
+        raise InputError(_flag_message(argv, error)) from None
+
+
+def _flag_message(argv: list[str], error: Exception) -> str:
+    """Names the config field that an override got wrong."""
+    if isinstance(error, InputError):
+        return str(error)
+    from ig_jax.config import default_config
+
+    for argument in argv[1:]:
+        if not argument.startswith("--config."):
+            continue
+        name, _, value = argument[2:].partition("=")
+        node = default_config()
+        for part in name.split(".")[1:]:
+            if not isinstance(node, ConfigDict) or part not in node:
+                known = tuple(node) if isinstance(node, ConfigDict) else ()
+                return f"unknown config field {name}{suggest(part, known)}"
+            node = node[part]
+        if repr(value) in str(error) or f"'{name}'" in str(error) or name in str(error):
+            kind = type(node).__name__
+            return f"{name} is {value!r}: expected a value like {node!r} ({kind})"
+    return str(error).splitlines()[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

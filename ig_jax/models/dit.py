@@ -1,0 +1,316 @@
+"""The diffusion transformer with a final and an auxiliary head: SiT, DiT and LightningDiT as
+options of one network. Pure: a latent, a time and a label in, both heads' predictions out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ig_jax.errors import InputError
+from ig_jax.models import functional, layers, sizes
+from ig_jax.models.functional import Params
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class Prediction:
+    """What one forward pass predicts; every array is (B, H, W, C) float32.
+
+    Attributes:
+        final: the final head's output, `D_f`.
+        auxiliary: the intermediate head's output, `D_i`; None for a network without that head.
+        variance: the learned-sigma channels of DiT checkpoints (interpolation weight in [−1, 1]
+            between the two variance bounds of Nichol & Dhariwal 2021, eq. 15); None otherwise.
+    """
+
+    final: jax.Array
+    auxiliary: jax.Array | None = None
+    variance: jax.Array | None = None
+
+
+def _whole(layer: Params) -> Params:
+    return layer
+
+
+def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy for `gather`: without it the backward pass would keep all blocks gathered.
+
+    Casts are repeated too, since matrix products keep their operands as cast copies.
+    """
+    return primitive.name not in ("all_gather", "convert_element_type")
+
+
+Network = Callable[[jax.Array, jax.Array, jax.Array], Prediction]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTSpec:
+    """Everything that fixes the architecture (not its weights, precision or compilation).
+
+    Attributes:
+        input_size: height and width of the input, in latent pixels.
+        channels: input (and output) channels.
+        patch_size: side of a token, in latent pixels.
+        width, depth, heads: transformer size.
+        num_classes: number of labels; label `num_classes` is the null label ∅.
+        auxiliary_depth: number of blocks before the auxiliary head, 1…depth−1, or None for no head.
+        norm, mlp, rope: see `sizes.Family`.
+        qk_norm: RMS norm on queries and keys.
+        shift: whether adaLN has shifts (6 chunks) or not (4).
+        learned_sigma: whether the final head also predicts a variance (DiT, old SiT).
+        zero_auxiliary: whether the auxiliary head is initialised to zero.
+        family: the published family (`sizes.FAMILIES`), which says on what path the network was
+            trained and what it predicts; it changes nothing in the network itself.
+    """
+
+    input_size: int
+    channels: int
+    patch_size: int
+    width: int
+    depth: int
+    heads: int
+    num_classes: int
+    auxiliary_depth: int | None
+    norm: str = "layer"
+    mlp: str = "gelu"
+    rope: bool = False
+    qk_norm: bool = False
+    shift: bool = True
+    learned_sigma: bool = False
+    zero_auxiliary: bool = True
+    family: str = "sit"
+
+    def __post_init__(self) -> None:
+        sizes.family(self.family)
+        for field in ("input_size", "channels", "patch_size", "width", "depth", "heads"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}: expected at least 1")
+        if self.width % self.heads:
+            raise InputError(f"width {self.width} is not divisible by heads {self.heads}")
+        if self.width % 4:
+            raise InputError(f"width {self.width} is not divisible by 4 (2-D sin-cos positions)")
+        if self.rope and (self.width // self.heads) % 4:
+            raise InputError(
+                f"head width {self.width // self.heads} is not divisible by 4 (2-D rotary)"
+            )
+        if self.input_size % self.patch_size:
+            raise InputError(
+                f"image size {self.input_size} is not divisible by patch size {self.patch_size}"
+            )
+        k = self.auxiliary_depth
+        if k is not None and not 1 <= k < self.depth:
+            raise InputError(
+                f"auxiliary_depth is {k}: expected 1…{self.depth - 1} for {self.depth} blocks "
+                "(or 0 for no auxiliary head)"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens, (input_size / patch_size)²."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class" (∅)."""
+        return self.num_classes
+
+    @classmethod
+    def of(cls, family: str, size: str, **changes: Any) -> DiTSpec:
+        """Builds a published architecture, e.g. `DiTSpec.of("sit", "xl", auxiliary_depth=8)`.
+
+        Args:
+            family: "sit", "dit" or "lightningdit".
+            size: a name of `sizes.SIZES`.
+            **changes: fields to set instead of the published ImageNet 256×256 values.
+
+        Returns:
+            The spec. Raises `InputError` for unknown names or impossible combinations.
+        """
+        options = sizes.family(family)
+        depth, width, heads, auxiliary_depth = sizes.size(size)
+        fields = dict(
+            input_size=options.input_size,
+            channels=options.channels,
+            patch_size=options.patch_size,
+            width=width,
+            depth=depth,
+            heads=heads,
+            num_classes=1000,
+            auxiliary_depth=auxiliary_depth,
+            norm=options.norm,
+            mlp=options.mlp,
+            rope=options.rope,
+            zero_auxiliary=options.zero_auxiliary,
+            family=family,
+        )
+        return cls(**(fields | changes))
+
+
+class DiT(nnx.Module):
+    """Diffusion transformer with adaLN-zero blocks and two heads (SPEC §1 and §3).
+
+    Args:
+        spec: the architecture.
+        dtype: dtype of matrix products; parameters are float32 always.
+        scan_blocks: compile one block and scan it (fast compiles) or unroll all blocks.
+        remat: "none", "full" (recompute whole blocks) or "dots" (keep matrix products).
+        rngs: random stream of the initialisation.
+    """
+
+    def __init__(
+        self,
+        spec: DiTSpec,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        scan_blocks: bool = True,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        self.spec = spec
+        self.scan_blocks = scan_blocks
+        self.remat = remat
+        patch = spec.patch_size**2
+        self.patch_embed = nnx.Linear(
+            patch * spec.channels, spec.width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
+        )
+        self.time_embed = layers.TimeEmbedding(spec.width, rngs=rngs)
+        self.label_embed = nnx.Embed(
+            spec.num_classes + 1, spec.width, embedding_init=layers.normal(0.02), rngs=rngs
+        )
+        # A parameter that gets no gradient: published LightningDiT checkpoints carry a table that
+        # weight decay has shrunk, so it must be stored with the weights rather than recomputed.
+        side = spec.input_size // spec.patch_size
+        self.position = nnx.Param(jnp.asarray(layers.position_table(side, spec.width)))
+        # Two stacks, so that the auxiliary head can read the stream between them.
+        split = spec.auxiliary_depth or spec.depth
+        self.before = self._stack(split, dtype, rngs)
+        self.after = self._stack(spec.depth - split, dtype, rngs) if split < spec.depth else None
+        heads = dict(width=spec.width, norm=spec.norm, dtype=dtype, rngs=rngs)
+        out = patch * spec.channels
+        self.auxiliary_head = (
+            layers.Head(out=out, zero=spec.zero_auxiliary, **heads)
+            if spec.auxiliary_depth
+            else None
+        )
+        self.final_head = layers.Head(out=out * (1 + spec.learned_sigma), zero=True, **heads)
+
+    def _stack(self, depth: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> layers.Block:
+        """Makes `depth` blocks as one module whose parameters have a leading layer axis."""
+        spec = self.spec
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def make(rngs: nnx.Rngs) -> layers.Block:
+            return layers.Block(
+                spec.width,
+                spec.heads,
+                norm=spec.norm,
+                mlp=spec.mlp,
+                qk_norm=spec.qk_norm,
+                shift=spec.shift,
+                dtype=dtype,
+                rngs=rngs,
+            )
+
+        return make(rngs)
+
+    def _run(
+        self, stack: layers.Block, x: jax.Array, c: jax.Array, gather: Callable[[Params], Params]
+    ) -> jax.Array:
+        """Runs a stack of blocks over tokens x (B, N, D) with condition c (B, D)."""
+        spec = self.spec
+        tables = None
+        if spec.rope:
+            side = spec.input_size // spec.patch_size
+            tables = layers.rotary_tables(side, spec.width // spec.heads)
+
+        # Scanned as pure functions of the layers' parameters: unlike `nnx.scan`, this also works
+        # where the model was built outside the trace, such as inside a sampler's own `lax.scan`.
+        graphdef, parameters = functional.split(stack)
+
+        def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
+            return functional.merge(graphdef, gather(layer))(x, c, tables), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        elif gather is not _whole:
+            body = jax.checkpoint(body, policy=_save_all_but_gathered, prevent_cse=False)
+        return jax.lax.scan(body, x, parameters, unroll=1 if self.scan_blocks else True)[0]
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        gather: Callable[[Params], Params] = _whole,
+    ) -> Prediction:
+        """Predicts from noisy inputs.
+
+        Args:
+            x: (B, H, W, C) noisy latents.
+            t: (B,) times as the network expects them: [0, 1] for SiT and LightningDiT, integer
+                steps 0…999 for DiT (`Interpolant.network_time` converts).
+            y: (B,) int32 labels; `num_classes` is the null label.
+            gather: makes one block's parameters whole where they are stored in pieces. It is called
+                inside the scan, and again in the backward pass, so that the whole parameters of
+                one block at a time are in memory.
+
+        Returns:
+            `Prediction` of float32 arrays shaped like x. Raises `InputError` for a wrong shape.
+        """
+        spec = self.spec
+        expected = (spec.input_size, spec.input_size, spec.channels)
+        if x.shape[1:] != expected:
+            raise InputError(f"input has shape {x.shape[1:]}: this model expects {expected} (HWC)")
+        c = self.time_embed(t) + self.label_embed(y)
+        tokens = self.patch_embed(layers.patchify(x, spec.patch_size)).astype(jnp.float32)
+        tokens = tokens + jax.lax.stop_gradient(self.position[...])
+        tokens = self._run(self.before, tokens, c, gather)
+        auxiliary = None
+        if self.auxiliary_head is not None:
+            auxiliary = layers.unpatchify(self.auxiliary_head(tokens, c), spec.patch_size)
+            tokens = self._run(self.after, tokens, c, gather)
+        final = layers.unpatchify(self.final_head(tokens, c), spec.patch_size)
+        variance = None
+        if spec.learned_sigma:
+            final, variance = jnp.split(final, 2, axis=-1)
+        return Prediction(final, auxiliary, variance)
+
+
+def abstract(spec: DiTSpec, **options: Any) -> DiT:
+    """Builds a `DiT` of shapes only (no arrays are made), for loading weights or compiling."""
+    return nnx.eval_shape(lambda: DiT(spec, **options, rngs=nnx.Rngs(0)))
+
+
+def forward_flops(spec: DiTSpec) -> int:
+    """FLOPs of one forward pass of one image, two per multiply-add, matrix products only.
+
+    Per block: qkv and output projections 4·N·D², attention 2·N²·D, MLP 8·N·D² (GELU) or 3·N·D·H
+    (SwiGLU), adaLN 6·D² (or 4·D²); plus embeddings and heads.
+    """
+    n, d = spec.tokens, spec.width
+    hidden = int(2 / 3 * int(4 * d))
+    mlp = 3 * n * d * hidden if spec.mlp == "swiglu" else 8 * n * d * d
+    block = 4 * n * d * d + 2 * n * n * d + mlp + (6 if spec.shift else 4) * d * d
+    out = spec.patch_size**2 * spec.channels
+    heads = 2 * d * d + n * d * out * (1 + spec.learned_sigma)
+    if spec.auxiliary_depth:
+        heads += 2 * d * d + n * d * out
+    return 2 * (spec.depth * block + heads + n * d * out + 256 * d + d * d)
+
+
+def parameter_count(params: Any) -> int:
+    """Number of scalars in a pytree of arrays or shape structs."""
+    return int(sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params)))

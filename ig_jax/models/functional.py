@@ -1,0 +1,21 @@
+"""Between modules and pure functions: an NNX module is split once into a graph definition and a
+plain nested dict of arrays, and merged again inside jitted functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+
+Params = dict[str, Any]
+
+
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+    """Splits a module into its graph definition and a nested dict of arrays (its parameters)."""
+    graphdef, state = nnx.split(model)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
+    """Rebuilds the module of `graphdef` around a nested dict of arrays, as `split` returned it."""
+    return nnx.merge(graphdef, params)

@@ -1,0 +1,231 @@
+"""The parts of a diffusion transformer: norms, embeddings, attention, MLPs, a block, a head.
+
+Everything is NHWC / (batch, tokens, width). Parameters are float32; matrix products run in `dtype`;
+norms, softmax, modulation and the residual stream stay in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+xavier = nnx.initializers.xavier_uniform()
+zeros = nnx.initializers.zeros_init()
+
+
+def normal(stddev: float) -> nnx.Initializer:
+    return nnx.initializers.normal(stddev)
+
+
+class LayerNorm(nnx.Module):
+    """LayerNorm without learned affine (DiT's adaLN supplies it), computed in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        x = x - x.mean(-1, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm with a learned weight, computed in float32 (LightningDiT)."""
+
+    def __init__(self, width: int):
+        self.weight = nnx.Param(jnp.ones(width, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * self.weight[...]
+
+
+def make_norm(kind: str, width: int) -> nnx.Module:
+    return RMSNorm(width) if kind == "rms" else LayerNorm()
+
+
+def modulate(h: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
+    """adaLN: `h·(1 + scale) + shift`, with (B, D) conditions broadcast over (B, N, D) tokens."""
+    h = h * (1 + scale[:, None])
+    return h if shift is None else h + shift[:, None]
+
+
+def position_table(grid: int, width: int) -> np.ndarray:
+    """Fixed 2-D sin-cos table, (grid², width) float32, tokens in raster order.
+
+    As the release has it, the *first* half of the channels encodes the column and the second half
+    the row; each half is `[sin, cos]` with `ω_j = 10000^(−j/(width/4))`.
+    """
+    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    halves = [[np.sin(np.outer(p, omega)), np.cos(np.outer(p, omega))] for p in (column, row)]
+    return np.concatenate([*halves[0], *halves[1]], axis=1).astype(np.float32)
+
+
+def rotary_tables(grid: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin of the 2-D rotary embedding, each (grid², head_width) float32.
+
+    With head width d, `f_j = 10000^(−2j/(d/2))` for j < d/4, every frequency used by one
+    interleaved pair; the first d/2 channels rotate by the row index, the last d/2 by the column.
+    """
+    frequency = np.repeat(10000.0 ** (-2 * np.arange(head_width // 4) / (head_width / 2)), 2)
+    row, column = np.divmod(np.arange(grid * grid), grid)
+    angle = np.concatenate([np.outer(row, frequency), np.outer(column, frequency)], axis=1)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x: jax.Array, tables: tuple[np.ndarray, np.ndarray]) -> jax.Array:
+    """Rotates interleaved channel pairs `(a, b) → (−b, a)` of (B, N, heads, d) in float32."""
+    cos, sin = (table[None, :, None] for table in tables)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
+    return x.astype(jnp.float32) * cos + turned * sin
+
+
+def time_frequencies(t: jax.Array, count: int = 256, scale: float = 10000.0) -> jax.Array:
+    """Features `[cos, sin]` of (B,) unscaled times, `freq_j = scale^(−j/(count/2))`."""
+    half = count // 2
+    frequency = np.exp(-np.log(scale) * np.arange(half) / half).astype(np.float32)
+    angle = t.astype(jnp.float32)[:, None] * frequency
+    return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
+
+
+def _attention_backend(dtype: jnp.dtype, head_width: int) -> str:
+    """cuDNN's fused kernel where it applies (GPU, 16-bit, head width a multiple of 8), else XLA."""
+    fused = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
+    return "cudnn" if fused and jax.default_backend() == "gpu" else "xla"
+
+
+class Attention(nnx.Module):
+    """Multi-head self-attention with optional RMS q/k norm and rotary embedding."""
+
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.heads = heads
+        self.dtype = dtype
+        self.qkv = linear(width, 3 * width)
+        self.out = linear(width, width)
+        self.q_norm = RMSNorm(width // heads) if qk_norm else None
+        self.k_norm = RMSNorm(width // heads) if qk_norm else None
+
+    def __call__(self, x: jax.Array, tables: tuple[np.ndarray, np.ndarray] | None) -> jax.Array:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if tables is not None:
+            q, k = rotate(q, tables), rotate(k, tables)
+        q, k, v = (h.astype(self.dtype) for h in (q, k, v))
+        backend = _attention_backend(self.dtype, width // self.heads)
+        out = jax.nn.dot_product_attention(q, k, v, implementation=backend)
+        return self.out(out.reshape(batch, tokens, width))
+
+
+class GeluMlp(nnx.Module):
+    """Linear → GELU (tanh) → Linear, hidden width 4·D."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.fc1 = linear(width, 4 * width)
+        self.fc2 = linear(4 * width, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+
+
+class SwiGlu(nnx.Module):
+    """`W3(silu(a)·b)` with `[a, b] = W12 x`, hidden width int(2/3·4·D) (LightningDiT)."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        hidden = int(2 / 3 * int(4 * width))
+        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        self.w12 = linear(width, 2 * hidden)
+        self.w3 = linear(hidden, width)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        a, b = jnp.split(self.w12(x), 2, axis=-1)
+        return self.w3(nnx.silu(a) * b)
+
+
+class Block(nnx.Module):
+    """One adaLN-zero transformer block: gated attention, then gated MLP (DiT, Fig. 3)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        norm: str,
+        mlp: str,
+        qk_norm: bool,
+        shift: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.shift = shift
+        self.norm1 = make_norm(norm, width)
+        self.attention = Attention(width, heads, qk_norm=qk_norm, dtype=dtype, rngs=rngs)
+        self.norm2 = make_norm(norm, width)
+        self.mlp = (SwiGlu if mlp == "swiglu" else GeluMlp)(width, dtype=dtype, rngs=rngs)
+        self.modulation = nnx.Linear(
+            width, (6 if shift else 4) * width, kernel_init=zeros, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(
+        self, x: jax.Array, c: jax.Array, tables: tuple[np.ndarray, np.ndarray] | None
+    ) -> jax.Array:
+        m = self.modulation(nnx.silu(c)).astype(jnp.float32)
+        if self.shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(m, 6, axis=-1)
+        else:
+            scale1, gate1, scale2, gate2 = jnp.split(m, 4, axis=-1)
+            shift1 = shift2 = None
+        h = self.attention(modulate(self.norm1(x), shift1, scale1), tables)
+        x = x + gate1[:, None] * h.astype(jnp.float32)
+        h = self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return x + gate2[:, None] * h.astype(jnp.float32)
+
+
+class Head(nnx.Module):
+    """Norm, modulate and project tokens to patches: the "final layer" of DiT, used twice in IG."""
+
+    def __init__(
+        self, width: int, out: int, *, norm: str, zero: bool, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        init = zeros if zero else xavier
+        self.norm = make_norm(norm, width)
+        self.modulation = nnx.Linear(width, 2 * width, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.linear = nnx.Linear(width, out, kernel_init=init, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        shift, scale = jnp.split(self.modulation(nnx.silu(c)).astype(jnp.float32), 2, axis=-1)
+        return self.linear(modulate(self.norm(x), shift, scale)).astype(jnp.float32)
+
+
+class TimeEmbedding(nnx.Module):
+    """256 sinusoidal features → Linear → SiLU → Linear, kept in float32 throughout."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        linear = functools.partial(nnx.Linear, kernel_init=normal(0.02), rngs=rngs)
+        self.hidden = linear(256, width)
+        self.out = linear(width, width)
+
+    def __call__(self, t: jax.Array) -> jax.Array:
+        return self.out(nnx.silu(self.hidden(time_frequencies(t))))
+
+
+def patchify(x: jax.Array, patch: int) -> jax.Array:
+    """(B, H, W, C) → (B, H/p·W/p, p·p·C): raster order, (p_row, p_col, channel) inside."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:
+    """Inverse of `patchify` for square inputs."""
+    batch, count, features = tokens.shape
+    side, channels = round(count**0.5), features // patch**2
+    x = tokens.reshape(batch, side, side, patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, side * patch, side * patch, channels)

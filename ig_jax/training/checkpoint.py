@@ -1,0 +1,175 @@
+"""Checkpoints of a run: parameters, EMA, optimiser, data iterator and the config that made them.
+
+They are separate items of one Orbax step, so that sampling reads the EMA weights and nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from ml_collections import ConfigDict
+from orbax.checkpoint import checkpoint_managers
+
+from ig_jax import config as config_lib
+from ig_jax.errors import InputError
+from ig_jax.training.state import TrainState
+
+ITEMS = ("params", "ema", "optimizer", "config", "data")
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A restored training state and its data iterator's state (JSON values)."""
+
+    state: TrainState
+    data: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints under `workdir/checkpoints`: the last few and the best one are kept.
+
+    Args:
+        workdir: local or `gs://` directory.
+        max_to_keep: how many of the latest are kept.
+        best: name of the metric whose smallest value marks the best checkpoint.
+        read_only: never creates or deletes anything.
+    """
+
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        max_to_keep: int = 3,
+        best: str = "validation_loss",
+        read_only: bool = False,
+    ):
+        self.directory = epath.Path(workdir) / "checkpoints"
+        keep = checkpoint_managers
+        policy = keep.AnyPreservationPolicy(
+            [
+                keep.LatestN(max_to_keep),
+                keep.BestN(
+                    get_metric_fn=lambda metrics: metrics[best],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy,
+            best_fn=lambda metrics: metrics[best],
+            best_mode="min",
+            create=not read_only,
+            read_only=read_only,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_names=ITEMS)
+
+    def steps(self) -> list[int]:
+        """Steps that can be restored, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def step(self, which: int | str = "last") -> int:
+        """Resolves "last", "best" or a number to a step; raises `InputError` if there is none."""
+        steps = self.steps()
+        if not steps:
+            raise InputError(
+                f"no checkpoint in {self.directory}: expected a workdir that --mode=train wrote"
+            )
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            best = self._manager.best_step()
+            return steps[-1] if best is None else best
+        if int(which) not in steps:
+            raise InputError(
+                f"no checkpoint of step {which} in {self.directory}: "
+                f"there are {', '.join(map(str, steps))}"
+            )
+        return int(which)
+
+    def config(self, which: int | str = "last") -> ConfigDict:
+        """The config that made a checkpoint."""
+        items = self._restore(which, config=ocp.args.JsonRestore())
+        return config_lib.from_json(items["config"])
+
+    def save(
+        self,
+        state: TrainState,
+        step: int,
+        config: ConfigDict,
+        data: dict[str, Any],
+        metrics: dict[str, float] | None = None,
+    ) -> None:
+        """Starts writing a checkpoint in the background; `wait` ends it. Repeats are ignored."""
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(state.params),
+                ema=ocp.args.StandardSave(state.ema),
+                optimizer=ocp.args.StandardSave(state.optimizer),
+                config=ocp.args.JsonSave(config_lib.to_json(config)),
+                data=ocp.args.JsonSave(data),
+            ),
+            metrics=metrics,
+        )
+
+    def restore(self, abstract: TrainState, which: int | str = "last") -> Restored:
+        """Restores a training state onto the shapes and shardings of `abstract`."""
+        step = self.step(which)
+        items = self._restore(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            ema=ocp.args.StandardRestore(abstract.ema),
+            optimizer=ocp.args.StandardRestore(abstract.optimizer),
+            data=ocp.args.JsonRestore(),
+        )
+        counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+        state = TrainState(counter, items["params"], items["ema"], items["optimizer"])
+        return Restored(state, items["data"])
+
+    def weights(self, abstract: Any, which: int | str = "last", ema: bool = True) -> Any:
+        """Restores the EMA (or raw) parameters onto the shapes and shardings of `abstract`."""
+        name = "ema" if ema else "params"
+        return self._restore(which, **{name: ocp.args.StandardRestore(abstract)})[name]
+
+    def _restore(self, which: int | str, **items: Any) -> Any:
+        return self._manager.restore(self.step(which), args=ocp.args.Composite(**items))
+
+    def preempted(self, step: int) -> bool:
+        """Whether the cluster is about to take this machine away (agreed on by all processes)."""
+        return self._manager.reached_preemption(step)
+
+    def wait(self) -> None:
+        """Blocks until everything saved is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases threads."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def saved_config(workdir: str) -> ConfigDict:
+    """The config of a workdir's last checkpoint; raises `InputError` if there is no checkpoint.
+
+    Reads Orbax's JSON item itself: an Orbax manager would start JAX's devices, which must wait
+    until the processes of a run have found each other.
+    """
+    directory = epath.Path(workdir) / "checkpoints"
+    steps = (
+        [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
+    )
+    if not steps:
+        raise InputError(
+            f"no checkpoint in {directory}: expected a workdir that --mode=train wrote"
+        )
+    item = directory / str(max(steps)) / "config" / "metadata"
+    return config_lib.from_json(json.loads(item.read_text()))

@@ -1,0 +1,401 @@
+"""The training loop: restore, step, report, validate, sample, save. Started again in the same
+workdir it continues by itself, bit for bit as if it had never stopped (on one CPU)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax import console, pictures, sampling
+from ig_jax.data import pipeline
+from ig_jax.data.source import DataSource
+from ig_jax.diffusion import loss as loss_lib
+from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment, make_to_images
+from ig_jax.models import dit
+from ig_jax.models.functional import Params, split
+from ig_jax.training import metrics as metrics_lib
+from ig_jax.training import optimizer as optimizer_lib
+from ig_jax.training import sharding
+from ig_jax.training import state as state_lib
+from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.training.processes import is_primary
+
+VALIDATION_TIMES = 16
+
+log = logging.getLogger("ig_jax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled parts of training on one mesh.
+
+    Attributes:
+        init: `init(seed key) -> TrainState`.
+        step: `step(state, batch, key) -> (state, StepMetrics)`; donates the state.
+        validate: `validate(params, batch, weights) -> (sum of losses, sum of weights)`.
+        accumulate: adds a step's metrics.
+        shapes: the state's shapes with shardings.
+    """
+
+    init: Callable[[jax.Array], state_lib.TrainState]
+    step: Callable[..., tuple[state_lib.TrainState, state_lib.StepMetrics]]
+    validate: Callable[..., Any]
+    accumulate: Callable[..., metrics_lib.TrainMetrics]
+    shapes: state_lib.TrainState
+
+
+def step_options(config: ConfigDict, null_label: int, source: DataSource) -> state_lib.StepOptions:
+    """What the training step takes from a config and a data set."""
+    return state_lib.StepOptions(
+        loss=config_lib.loss_options(config),
+        null_label=null_label,
+        ema_decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
+        guided_target_start=config.loss.guided_target_start,
+        shift=source.shift,
+        scale=source.scale,
+    )
+
+
+def make_programs(experiment: Experiment, source: DataSource) -> Programs:
+    """Builds (without compiling yet) everything that runs on the devices."""
+    config, mesh = experiment.config, experiment.mesh
+    options = step_options(config, experiment.spec.null_label, source)
+    optimizer_options = config_lib.optimizer_options(config)
+    transform = optimizer_lib.make_optimizer(optimizer_options, experiment.shapes)
+
+    def init(key: jax.Array) -> state_lib.TrainState:
+        model = dit.DiT(
+            experiment.spec, **config_lib.model_options(config), rngs=nnx.Rngs(params=key)
+        )
+        return state_lib.create(split(model)[1], transform)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_sharding(mesh, shapes)
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    bind = functools.partial(sharding.network, mesh, experiment.graphdef)
+    step = state_lib.make_train_step(bind, transform, options, optimizer_options)
+    validate = make_validation(bind, options)
+    return Programs(
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, batch, whole),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+        validate=jax.jit(validate, in_shardings=(shardings.params, batch, batch)),
+        accumulate=jax.jit(metrics_lib.accumulate, donate_argnums=0),
+        shapes=jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            shapes,
+            shardings,
+        ),
+    )
+
+
+def make_validation(
+    bind: Callable[[Params], dit.Network], options: state_lib.StepOptions
+) -> Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Returns the held-out loss: plain targets at fixed, evenly spread times and fixed noise.
+
+    The result of `validate(params, batch, weights)` is (sum of losses, sum of weights), so that
+    batches, and padding with weight 0, add up.
+    """
+    plain = dataclasses.replace(options.loss, guided_target_scale=0.0)
+
+    def validate(params: Params, batch: Any, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        data_key, noise_key = jax.random.split(jax.random.key(0))
+        x = pipeline.model_input(batch, data_key, shift=options.shift, scale=options.scale)
+        t = (jnp.arange(x.shape[0]) % VALIDATION_TIMES + 0.5) / VALIDATION_TIMES
+        noise = jax.random.normal(noise_key, x.shape)
+        losses = loss_lib.losses_at(bind(params), x, batch["label"], noise, t, plain)
+        return (losses.total * weights).sum(), weights.sum()
+
+    return validate
+
+
+def _held_out_batches(
+    source: DataSource, batch_size: int, place: Callable[[np.ndarray], jax.Array]
+) -> Iterator[tuple[Any, jax.Array]]:
+    """Held-out examples in global batches with weights; the last one is padded with weight 0."""
+    share = batch_size // jax.process_count()
+    first = jax.process_index() * share
+    for start in range(0, len(source.validation), batch_size):
+        indices = start + first + np.arange(share)
+        inside = indices < len(source.validation)
+        examples = [source.validation[int(i)] for i in np.where(inside, indices, 0)]
+        stacked = {
+            name: np.stack([example[name] for example in examples])
+            for name in examples[0]
+            if not name.endswith("_flip")
+        }
+        yield jax.tree.map(place, stacked), place(inside.astype(np.float32))
+
+
+def open_batches(
+    config: ConfigDict, source: DataSource, mesh: Mesh, data_state: dict | None
+) -> pipeline.DevicePrefetch:
+    """Training batches on the mesh, from the start or from a restored iterator state."""
+    iterator = pipeline.make_iterator(
+        source.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=config.data.num_workers,
+        flip=config.data.flip,
+    )
+    if data_state is not None:
+        iterator.set_state(data_state)
+    return pipeline.DevicePrefetch(iterator, sharding.batch_sharding(mesh))
+
+
+class Trainer:
+    """One run in one workdir; see `train`."""
+
+    def __init__(self, config: ConfigDict, workdir: str):
+        self.config = config
+        self.workdir = epath.Path(workdir)
+        self.experiment = Experiment.from_config(config)
+        self.source = self.experiment.open_data()
+        self.programs = make_programs(self.experiment, self.source)
+        self.mesh = self.experiment.mesh
+        self.key = jax.random.key(config.seed)
+        self.ema: Params | None = None
+        self._stop = False
+        self._check_workdir()
+
+    def _check_workdir(self) -> None:
+        """Refuses a workdir whose checkpoints another config made, before anything is written."""
+        if not (self.workdir / "checkpoints").exists():
+            return
+        checkpoints = Checkpoints(str(self.workdir), read_only=True)
+        if checkpoints.steps():
+            lines = config_lib.differences(self.config, checkpoints.config())
+            if lines:
+                raise InputError(
+                    f"{self.workdir} holds checkpoints of another config: {'; '.join(lines)}"
+                )
+        checkpoints.close()
+
+    def _start(self, checkpoints: Checkpoints) -> tuple[state_lib.TrainState, dict | None]:
+        """The state to start from, and the data iterator's state if it was restored."""
+        if checkpoints.steps():
+            restored = checkpoints.restore(self.programs.shapes)
+            return restored.state, restored.data
+        return self.programs.init(jax.random.fold_in(self.key, 1)), None
+
+    def _validation_loss(self, params: Params) -> float:
+        place = functools.partial(
+            jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh)
+        )
+        batch_size = self.config.train.batch_size
+        sums = [
+            self.programs.validate(params, batch, weights)
+            for batch, weights in _held_out_batches(self.source, batch_size, place)
+        ]
+        total, weight = np.sum(jax.device_get(sums), axis=0)
+        return float(total / weight)
+
+    @functools.cached_property
+    def drawer(self) -> sampling.Drawer:
+        """The sampler for pictures during training."""
+        return sampling.make_drawer(self.experiment)
+
+    def _sample_grid(self, params: Params, step: int) -> None:
+        indices = np.arange(min(self.config.sampler.num_samples, 64))
+        labels = sampling.choose_labels("balanced", indices, self.spec_classes, self.config.seed)
+        guidance = config_lib.guidance(self.config)
+        x = self.drawer.draw(params, guidance, self.config.seed, indices, labels)
+        if is_primary():
+            images = make_to_images(self.experiment, self.source)(x)
+            names = [self.source.class_names[i] if self.spec_classes else "" for i in labels]
+            (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
+            path = self.workdir / "samples" / f"step_{step:07d}.png"
+            pictures.save_image(path, pictures.labelled_grid(images, names[: len(images)]))
+
+    @property
+    def spec_classes(self) -> int:
+        """Number of classes the model knows."""
+        return self.experiment.spec.num_classes
+
+    def _install_signals(self) -> None:
+        def stop(*_: Any) -> None:
+            self._stop = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+
+    def run(self) -> None:
+        """Trains to `config.train.num_steps`; `ema` then holds the trained weights."""
+        config = self.config
+        from clu import metric_writers, parameter_overview, periodic_actions
+
+        self.workdir.mkdir(parents=True, exist_ok=True)
+        writer = metric_writers.create_default_writer(
+            str(self.workdir), just_logging=not is_primary(), asynchronous=True
+        )
+        checkpoints = Checkpoints(str(self.workdir), max_to_keep=config.train.max_to_keep)
+        state, data_state = self._start(checkpoints)
+        first_step = int(state.step)
+        if first_step == 0:
+            log.info(
+                "parameters:\n%s",
+                parameter_overview.get_parameter_overview(state.params, include_stats=False),
+            )
+            writer.write_hparams(_flat(config))
+        if first_step:
+            log.info("continuing from step %d", first_step)
+        batches = open_batches(config, self.source, self.mesh, data_state)
+        schedule = optimizer_lib.learning_rate_schedule(config_lib.optimizer_options(config))
+        report = periodic_actions.ReportProgress(
+            num_train_steps=config.train.num_steps, every_secs=30.0
+        )
+        hooks: list[Any] = [report]
+        if config.train.profile_at:
+            hooks.append(
+                periodic_actions.Profile(
+                    logdir=str(self.workdir),
+                    first_profile=config.train.profile_at,
+                    num_profile_steps=5,
+                    every_secs=None,
+                )
+            )
+        self._install_signals()
+        total = config.train.num_steps
+        with console.progress_bar(total, "training", first_step) as advance:
+            state = self._steps(
+                state, first_step, batches, checkpoints, writer, hooks, schedule, advance
+            )
+        checkpoints.close()
+        writer.close()
+        self.ema = state.ema
+
+    def _steps(
+        self,
+        state: state_lib.TrainState,
+        first_step: int,
+        batches: pipeline.DevicePrefetch,
+        checkpoints: Checkpoints,
+        writer: Any,
+        hooks: list[Any],
+        schedule: optax.Schedule,
+        advance: console.Advance,
+    ) -> state_lib.TrainState:
+        train = self.config.train
+        totals = metrics_lib.TrainMetrics.empty()
+        clock, clock_step = time.monotonic(), first_step
+        for step in range(first_step + 1, train.num_steps + 1):
+            state, scalars = self.programs.step(state, next(batches), self.key)
+            totals = self.programs.accumulate(totals, state.step, scalars)
+            last = step == train.num_steps
+            stopping = self._stop or checkpoints.preempted(step)
+            saving = last or stopping or step % train.checkpoint_every == 0
+            for hook in hooks:
+                hook(step)
+            if saving or step % train.log_every == 0:
+                values, bad = metrics_lib.report(totals)
+                if bad is not None:
+                    checkpoints.close()
+                    raise InputError(
+                        f"the loss is not finite at step {bad}: training stopped, expected a "
+                        f"finite number; the last good checkpoint in {self.workdir} is kept (lower "
+                        "config.optimizer.learning_rate, or look at the data)"
+                    )
+                seconds = time.monotonic() - clock
+                rate = (step - clock_step) / seconds
+                values |= {
+                    "learning_rate": float(schedule(step - 1)),
+                    "steps_per_second": rate,
+                    "images_per_second": rate * train.batch_size,
+                }
+                writer.write_scalars(step, values)
+                advance(step - clock_step, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
+                totals = metrics_lib.TrainMetrics.empty()
+                clock, clock_step = time.monotonic(), step
+            metrics = None
+            due = train.validate_every and step % train.validate_every == 0
+            if self.source.validation is not None and (due or (train.validate_every and saving)):
+                metrics = {"validation_loss": self._validation_loss(state.ema)}
+                writer.write_scalars(step, metrics)
+            if train.sample_every and (step % train.sample_every == 0 or last):
+                self._sample_grid(state.ema, step)
+            if saving:
+                checkpoints.save(state, step, self.config, batches.state, metrics)
+            if stopping and not last:
+                checkpoints.close()
+                raise Stopped(step)
+        return state
+
+
+class Stopped(Exception):
+    """Training was asked to stop and saved a checkpoint at `step`."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+def _flat(config: ConfigDict) -> dict[str, Any]:
+    """A config as flat names and plain values, for TensorBoard's hyperparameters."""
+    flat = {}
+    for section, values in config.items():
+        pairs = values.items() if isinstance(values, ConfigDict) else [(None, values)]
+        for name, value in pairs:
+            flat[f"{section}.{name}" if name else section] = (
+                str(value) if isinstance(value, tuple) else value
+            )
+    return flat
+
+
+def train(config: ConfigDict, workdir: str) -> Trainer:
+    """Trains the experiment that a config describes.
+
+    Args:
+        config: a complete config.
+        workdir: where checkpoints, logs and pictures go; local or `gs://`. A run that was stopped
+            there continues.
+
+    Returns:
+        The trainer, whose `ema` holds the trained weights on the mesh.
+
+    Raises:
+        InputError: a config, data set or workdir that does not fit, before anything is written; or
+            a loss that is no longer finite (the last good checkpoint is kept).
+        Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
+    """
+    trainer = Trainer(config, workdir)
+    trainer.run()
+    return trainer
+
+
+def run(config: ConfigDict, workdir: str) -> str:
+    """`--mode=train`: trains, and evaluates at the end if the config says so."""
+    try:
+        trainer = train(config, workdir)
+    except Stopped as stop:
+        return (
+            f"stopped at step {stop.step}, checkpoint saved; the same command continues: {workdir}"
+        )
+    if config.evaluation.at_end:
+        from ig_jax.evaluation import evaluate
+
+        evaluate.at_end(trainer.experiment, trainer.ema, trainer.source, workdir)
+    return f"trained {config.train.num_steps} steps; checkpoints, samples and logs are in {workdir}"

@@ -1,0 +1,181 @@
+"""Where every array lives: one mesh with axes `data` and `fsdp`, and one rule from shapes alone.
+
+Parameters, EMA and optimiser state are split over `fsdp`; batches over both axes. Nothing in the
+networks mentions devices: `network` runs one on each device's rows and gathers what it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ig_jax.errors import InputError
+from ig_jax.models.dit import Network, Prediction
+from ig_jax.models.functional import Params, merge
+
+AXES = ("data", "fsdp")
+# Below this many elements a gather costs more than the memory it would save.
+_SMALL = 2**14
+# Modules whose parameters have a leading layer axis, which `lax.scan` must be able to slice.
+_STACKS = ("before", "after")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges devices in a (data, fsdp) mesh.
+
+    Args:
+        data, fsdp: sizes; one may be -1 for "the rest".
+        devices: all devices if None. Devices of several slices (TPU multi-slice) are arranged so
+            that `fsdp` stays inside a slice, where the interconnect is fast.
+
+    Returns:
+        The mesh. Raises `InputError` if the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    fixed = max(data, 1) * max(fsdp, 1)
+    data, fsdp = (len(devices) // fixed if n == -1 else n for n in (data, fsdp))
+    if data * fsdp != len(devices):
+        raise InputError(
+            f"config.mesh is data={data}, fsdp={fsdp}: expected a product of {len(devices)}, "
+            "the number of devices"
+        )
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    from jax.experimental import mesh_utils
+
+    if slices > 1:
+        if data % slices:
+            raise InputError(
+                f"config.mesh.data is {data}: expected a multiple of the number of slices, {slices}"
+            )
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, fsdp), (slices, 1), devices=devices
+        )
+    else:
+        grid = mesh_utils.create_device_mesh((data, fsdp), devices=devices)
+    return Mesh(grid, AXES)
+
+
+def parameter_spec(path: Sequence[Any], shape: Sequence[int], fsdp: int) -> P:
+    """Decides how one array is split: its largest axis that `fsdp` divides, or not at all.
+
+    Args:
+        path: the array's key path in the state.
+        shape: its shape.
+        fsdp: size of the mesh's `fsdp` axis.
+    """
+    if fsdp == 1 or np.prod(shape, dtype=np.int64) < _SMALL:
+        return P()
+    stacked = any(getattr(key, "key", getattr(key, "name", None)) in _STACKS for key in path)
+    candidates = [i for i in range(int(stacked), len(shape)) if shape[i] % fsdp == 0]
+    if not candidates:
+        return P()
+    # Of equal axes the last: for kernels (in, out), whose gather is then contiguous in rows.
+    axis = max(candidates, key=lambda i: (shape[i], i))
+    return P(*("fsdp" if i == axis else None for i in range(axis + 1)))
+
+
+def state_sharding(mesh: Mesh, tree: Any) -> Any:
+    """Shardings for every array (or shape struct) of a pytree of parameters or training state."""
+
+    def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh.shape["fsdp"]))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Splits the leading axis over all devices."""
+    return NamedSharding(mesh, P(AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
+    """The transformer as one function of the global batch, run by each device on its own rows.
+
+    Left alone on an fsdp mesh, XLA's partitioner splits matrix products by features and moves
+    activations between devices. Here the plan is spelt out (ZeRO-3, Rajbhandari et al. 2020): the
+    matrices of a block are gathered over `fsdp` where they are used, which differentiates to a
+    reduce-scatter of their gradients; these are summed over `data` once the backward pass is done.
+
+    Args:
+        mesh: the devices.
+        graphdef: of a `DiT`.
+        params: its parameters, as `state_sharding` places them.
+
+    Returns:
+        `network(x, t, y) -> Prediction` of global arrays whose leading axis the mesh's size
+        divides; to be called, and differentiated, inside `jit`.
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
+
+    def in_scan(path: Sequence[Any], leaf: Any) -> bool:
+        # Biases of all layers together are gathered at once: they are small, latency is not.
+        return path[0].key in _STACKS and leaf.size // leaf.shape[0] >= _SMALL
+
+    scanned = jax.tree_util.tree_map_with_path(in_scan, params)
+    at_once = jax.tree.map(lambda late, spec: P() if late else spec, scanned, specs)
+    # Both stacks hold the same kind of block, whose matrices are split alike.
+    per_layer = jax.tree.map(
+        lambda late, spec: P(*spec[1:]) if late else P(), scanned["before"], specs["before"]
+    )
+
+    def local(params: Params, x: jax.Array, t: jax.Array, y: jax.Array) -> Prediction:
+        whole = jax.tree.map(_gather, jax.tree.map(_apart, params, specs), at_once)
+        if mesh.shape["fsdp"] == 1:
+            return merge(graphdef, whole)(x, t, y)
+        return merge(graphdef, whole)(
+            x, t, y, gather=lambda layer: jax.tree.map(_gather, layer, per_layer)
+        )
+
+    rows = P(AXES)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)
+    return lambda x, t, y: run(params, x, t, y)
+
+
+def by_rows(mesh: Mesh, function: Callable[..., Any], whole: int) -> Callable[..., Any]:
+    """Runs a function on each device's own rows of a batch, with no word between devices.
+
+    Args:
+        mesh: the devices.
+        function: of `whole` arguments that every device gets complete (gathered once, before it
+            starts), then of arrays with a leading batch axis; returns arrays with that axis.
+        whole: how many.
+
+    Returns:
+        The function of global arrays, to be called inside `jit`. It cannot be differentiated.
+    """
+
+    def run(*arguments: Any) -> Any:
+        specs = (P(),) * whole + (P(AXES),) * (len(arguments) - whole)
+        # Unchecked, as loops may carry a constant at first that devices later disagree on.
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=specs, out_specs=P(AXES), check_vma=False
+        )(*arguments)
+
+    return run
+
+
+def _apart(piece: jax.Array, spec: P) -> jax.Array:
+    """Lets copies on several devices differ, so that their gradients are summed here, at the end.
+
+    Otherwise that would happen at each use, before the reduce-scatter, where they are larger.
+    """
+    copies = tuple(axis for axis in AXES if axis not in spec)
+    return jax.lax.pcast(piece, copies, to="varying") if copies else piece
+
+
+def _gather(piece: jax.Array, spec: P) -> jax.Array:
+    """Makes an array whole from the pieces on this `fsdp` group's devices."""
+    if "fsdp" not in spec:
+        return piece
+    return jax.lax.all_gather(piece, "fsdp", axis=spec.index("fsdp"), tiled=True)

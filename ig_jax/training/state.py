@@ -1,0 +1,158 @@
+"""The training state, one pytree, and the pure functions that make it and move it one step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from ig_jax.data.pipeline import model_input
+from ig_jax.diffusion import loss as loss_lib
+from ig_jax.models.dit import Network
+from ig_jax.models.functional import Params
+from ig_jax.training import optimizer as optimizer_lib
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+        step: () int32, optimiser steps taken.
+        params: nested dict of float32 arrays.
+        ema: their exponential moving average, the weights to sample from.
+        optimizer: Optax state.
+    """
+
+    step: jax.Array
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+
+
+@flax.struct.dataclass
+class StepMetrics:
+    """Scalars of one step: batch means of each loss, and the gradient norm before the clip."""
+
+    loss: jax.Array
+    loss_final: jax.Array
+    loss_auxiliary: jax.Array
+    loss_cosine: jax.Array
+    gradient_norm: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What a training step needs besides arrays.
+
+    Attributes:
+        loss: the loss.
+        null_label: the label ∅.
+        ema_decay: EMA decay per step.
+        accumulate: microbatches a batch is split into, to save memory.
+        guided_target_start: first step with ω > 0.
+        shift, scale: normalisation of latents, per channel.
+    """
+
+    loss: loss_lib.LossOptions
+    null_label: int
+    ema_decay: float
+    accumulate: int
+    guided_target_start: int
+    shift: Any
+    scale: Any
+
+
+def create(params: Params, transform: optax.GradientTransformation) -> TrainState:
+    """The state at step 0: EMA starts as a copy of the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.array, params),
+        optimizer=transform.init(params),
+    )
+
+
+def make_loss(
+    bind: Callable[[Params], Network], options: StepOptions
+) -> Callable[[Params, Any, jax.Array, jax.Array], loss_lib.Losses]:
+    """Returns `losses(params, batch, key, step)`, per example, from raw data batches."""
+
+    def losses(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> loss_lib.Losses:
+        data_key, loss_key = jax.random.split(key)
+        x = model_input(batch, data_key, shift=options.shift, scale=options.scale)
+        started = step >= options.guided_target_start
+        omega = jnp.where(started, options.loss.guided_target_scale, 0.0)
+        return loss_lib.losses(
+            bind(params), x, batch["label"], loss_key, options.loss, options.null_label, omega
+        )
+
+    return losses
+
+
+def make_train_step(
+    bind: Callable[[Params], Network],
+    transform: optax.GradientTransformation,
+    options: StepOptions,
+    optimizer_options: optimizer_lib.OptimizerOptions,
+) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, StepMetrics]]:
+    """Returns the pure step `(state, batch, key) -> (state, metrics)`.
+
+    Args:
+        bind: gives the network with these parameters, such as `sharding.network`.
+        transform: the optimiser, clipping included.
+        options: see `StepOptions`.
+        optimizer_options: what `transform` was made of.
+
+    Returns:
+        A function to jit; its randomness depends on (key, state.step) alone.
+    """
+    losses = make_loss(bind, options)
+
+    def objective(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        means = jax.tree.map(jnp.mean, losses(params, batch, key, step))
+        return means.total, means
+
+    def gradient(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        grads, means = jax.grad(objective, has_aux=True)(params, batch, key, step)
+        return grads, means
+
+    def accumulated(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        parts = options.accumulate
+        batch = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, parts)
+
+        def add(total: Any, part: tuple) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *part, step)), None
+
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(
+                lambda: gradient(params, jax.tree.map(lambda a: a[0], batch), keys[0], step)
+            ),
+        )
+        total, _ = jax.lax.scan(add, zeros, (batch, keys))
+        return jax.tree.map(lambda a: a / parts, total)
+
+    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, StepMetrics]:
+        key = jax.random.fold_in(key, state.step)
+        compute = accumulated if options.accumulate > 1 else gradient
+        grads, means = compute(state.params, batch, key, state.step)
+        updates, optimizer = transform.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = StepMetrics(
+            loss=means.total,
+            loss_final=means.final,
+            loss_auxiliary=means.auxiliary,
+            loss_cosine=means.cosine,
+            gradient_norm=optimizer_lib.gradient_norm(optimizer_options, grads),
+        )
+        ema = optimizer_lib.ema_update(state.ema, params, options.ema_decay)
+        return TrainState(state.step + 1, params, ema, optimizer), metrics
+
+    return step

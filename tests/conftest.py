@@ -1,0 +1,17 @@
+"""Tests run on the CPU, which pretends to be eight devices."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+# Many tests build the same small programs: each is compiled once a session, subprocesses included.
+_CACHE = tempfile.TemporaryDirectory(prefix="ig_jax-compiled-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+
+from ig_jax import console
+
+console.quiet_libraries()

@@ -1,0 +1,113 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ig_jax.convert.pytorch import from_pytorch
+from ig_jax.diffusion import interpolant, loss
+from ig_jax.models.dit import Prediction
+from tests.common import golden, nhwc, relative_error
+
+
+def test_sit_losses_equal_the_release():
+    model = from_pytorch(golden("sit_params_small"), heads=4, auxiliary_depth=2)
+    numbers = golden("sit_losses_small")
+    x, noise = nhwc(numbers["inputs/x"]), nhwc(numbers["inputs/noise"])
+    labels = jnp.asarray(numbers["inputs/y"], jnp.int32)
+    for name in ("linear", "cosine"):
+        path = interpolant.get(name)
+        times = {
+            "uniform": jnp.asarray(numbers["inputs/t_uniform"]),
+            "lognormal": interpolant.lognormal_times(
+                path, jnp.asarray(numbers["inputs/log_sigma"])
+            ),
+        }
+        for kind, t in times.items():
+            options = loss.LossOptions(path=name)
+            found = loss.losses_at(model, x, labels, noise, t, options)
+            for head in ("final", "auxiliary"):
+                expected = numbers[f"outputs/{name}_{kind}_{head}"]
+                assert relative_error(getattr(found, head), expected) < 1e-5, (name, kind, head)
+            np.testing.assert_allclose(found.total, found.final + 0.5 * found.auxiliary, rtol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["small", "qknorm_noshift"])
+def test_lightningdit_losses_equal_the_release(variant):
+    model = from_pytorch(golden(f"lightningdit_params_{variant}"), heads=4, auxiliary_depth=2)
+    numbers = golden(f"lightningdit_losses_{variant}")
+    x, noise = nhwc(numbers["inputs/x"]), nhwc(numbers["inputs/noise"])
+    options = loss.LossOptions(path="linear_reversed", cosine_weight=1.0)
+    found = loss.losses_at(
+        model, x, jnp.asarray(numbers["inputs/y"], jnp.int32), noise, numbers["inputs/t"], options
+    )
+    mse = found.final + 0.5 * found.auxiliary
+    assert relative_error(mse, numbers["outputs/mse_plus_half_auxiliary"]) < 1e-5
+    assert relative_error(found.cosine, numbers["outputs/cosine"]) < 1e-5
+    np.testing.assert_allclose(found.total, mse + found.cosine, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def heads():
+    final, auxiliary, target = jax.random.normal(jax.random.key(0), (3, 4, 2, 2, 3))
+    return Prediction(final, auxiliary), target
+
+
+def test_guided_target_moves_the_final_head_only(heads):
+    prediction, target = heads
+    options = loss.LossOptions(guided_target_scale=0.7)
+    found = loss.losses_from(prediction, target, options, 0.7)
+    moved = target + 0.7 * (prediction.final - prediction.auxiliary)
+    np.testing.assert_allclose(
+        found.final, jnp.square(prediction.final - moved).mean((1, 2, 3)), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        found.auxiliary, jnp.square(prediction.auxiliary - target).mean((1, 2, 3)), rtol=1e-5
+    )
+
+    def final_loss(prediction):
+        return loss.losses_from(prediction, target, options, 0.7).final.sum()
+
+    gradient = jax.grad(final_loss)(prediction)
+    # Stop-gradient: the auxiliary head feels nothing, the final head only its own residual.
+    np.testing.assert_array_equal(gradient.auxiliary, 0)
+    np.testing.assert_allclose(gradient.final, 2 * (prediction.final - moved) / 12, rtol=1e-4)
+
+
+def test_omega_zero_is_the_plain_target(heads):
+    prediction, target = heads
+    guided = loss.losses_from(prediction, target, loss.LossOptions(guided_target_scale=0.7), 0.0)
+    plain = loss.losses_from(prediction, target, loss.LossOptions(), 0.0)
+    np.testing.assert_array_equal(guided.total, plain.total)
+
+
+def test_auxiliary_weight_and_headless_network(heads):
+    prediction, target = heads
+    found = loss.losses_from(prediction, target, loss.LossOptions(auxiliary_weight=0.25), 0.0)
+    np.testing.assert_allclose(found.total, found.final + 0.25 * found.auxiliary, rtol=1e-6)
+    alone = loss.losses_from(prediction.replace(auxiliary=None), target, loss.LossOptions(), 0.0)
+    np.testing.assert_array_equal(alone.auxiliary, 0)
+    np.testing.assert_array_equal(alone.total, alone.final)
+
+
+def test_label_dropout_rate():
+    labels = jnp.arange(20_000) % 10
+    dropped = loss.drop_labels(labels, jax.random.key(0), 0.1, 10)
+    assert abs(float((dropped == 10).mean()) - 0.1) < 0.01
+    np.testing.assert_array_equal(jnp.where(dropped == 10, labels, dropped), labels)
+
+
+def test_random_losses_depend_on_the_key_alone():
+    def network(x, t, y):
+        return Prediction(x * t[:, None, None, None], x + y[:, None, None, None])
+
+    x = jnp.ones((8, 2, 2, 3))
+    labels = jnp.arange(8)
+    run = lambda key, **changes: loss.losses(  # noqa: E731
+        network, x, labels, key, dataclasses.replace(loss.LossOptions(), **changes), 10
+    )
+    first, again = run(jax.random.key(1)), run(jax.random.key(1))
+    np.testing.assert_array_equal(first.total, again.total)
+    assert not np.array_equal(first.total, run(jax.random.key(2)).total)
+    assert not np.array_equal(first.total, run(jax.random.key(1), times="lognormal").total)

@@ -1,0 +1,207 @@
+"""The transformer against the authors' numbers, and its compilation options against each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from ig_jax.convert.pytorch import from_pytorch
+from ig_jax.errors import InputError
+from ig_jax.models import dit, functional
+from ig_jax.models.dit import DiT, DiTSpec
+from tests.common import golden, nhwc, relative_error
+from tests.release import random_weights, release_shapes
+
+# Compiling is most of the time here, and most programs run once.
+QUICK = {"xla_backend_optimization_level": 0}
+VARIANTS = ("sit_{}_small", "lightningdit_{}_small", "lightningdit_{}_qknorm_noshift")
+
+
+def load(variant: str, **options) -> DiT:
+    return from_pytorch(golden(variant.format("params")), heads=4, auxiliary_depth=2, **options)
+
+
+def inputs(variant: str) -> tuple[jax.Array, jax.Array, jax.Array]:
+    numbers = golden(variant.format("forward"))
+    x, t, y = (numbers[f"inputs/{name}"] for name in "xty")
+    return jnp.asarray(nhwc(x)), jnp.asarray(t), jnp.asarray(y, jnp.int32)
+
+
+@nnx.jit
+def forward(model: DiT, *args: jax.Array) -> dit.Prediction:
+    return model(*args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_forward_equals_the_release(variant):
+    numbers = golden(variant.format("forward"))
+    prediction = forward(load(variant), *inputs(variant))
+    for head in ("final", "auxiliary"):
+        assert relative_error(getattr(prediction, head), nhwc(numbers[f"outputs/{head}"])) < 1e-5
+    assert prediction.variance is None
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """Outputs, gradients and program text of the scanned network without rematerialisation."""
+    return run_and_differentiate()
+
+
+def run_and_differentiate(**options):
+    variant = VARIANTS[2]
+    graphdef, params = functional.split(load(variant, **options))
+    args = inputs(variant)
+
+    def loss(params):
+        prediction = functional.merge(graphdef, params)(*args)
+        return jnp.square(prediction.final).sum() + prediction.auxiliary.sum(), prediction
+
+    lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(params)
+    return lowered.compile(QUICK)(params), lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "options", [dict(scan_blocks=False), dict(remat="full"), dict(remat="dots")]
+)
+def test_compilation_options_change_no_number(reference, options):
+    actual, text = run_and_differentiate(**options)
+    for ours, theirs in zip(jax.tree.leaves(actual), jax.tree.leaves(reference[0]), strict=True):
+        scale = float(jnp.abs(theirs).max())
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale + 1e-9)
+    assert ("stablehlo.while" in text) == options.get("scan_blocks", True)
+    # Rematerialisation runs matrix products of the forward pass again in the backward pass.
+    if "remat" in options:
+        products = "stablehlo.dot_general"
+        assert text.count(products) > reference[1].count(products)
+
+
+def test_bfloat16_compute_keeps_float32_parameters_and_outputs():
+    variant = VARIANTS[0]
+    model = load(variant, dtype=jnp.bfloat16)
+    _, params = functional.split(model)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+    prediction = forward(model, *inputs(variant))
+    assert prediction.final.dtype == jnp.float32
+    expected = nhwc(golden(variant.format("forward"))["outputs/final"])
+    error = relative_error(prediction.final, expected)
+    assert 1e-4 < error < 3e-2
+
+
+def test_learned_sigma_splits_channels():
+    """The release's rows are (p, p, 2C): the first C channels predict, the others are variance."""
+    shape = dict(width=16, depth=2, heads=2, patch=2, channels=3, tokens=4, classes=5)
+    wide = random_weights(release_shapes(**shape, learned_sigma=True, auxiliary=False))
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+    def run(graphdef: nnx.GraphDef, params: functional.Params) -> dit.Prediction:
+        model = functional.merge(graphdef, params)
+        return model(x, jnp.array([3.0, 999.0]), jnp.array([0, 5]))
+
+    def predict(weights: dict[str, np.ndarray]) -> dit.Prediction:
+        return run(*functional.split(from_pytorch(weights, heads=2, family="dit")))
+
+    both = predict(wide)
+    assert both.auxiliary is None
+    for channels, actual in ((slice(0, 3), both.final), (slice(3, 6), both.variance)):
+        narrow = dict(wide)
+        for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+            rows = wide[name].reshape(2, 2, 6, *wide[name].shape[1:])[:, :, channels]
+            narrow[name] = rows.reshape(12, *wide[name].shape[1:])
+        plain = predict(narrow)
+        assert plain.variance is None
+        np.testing.assert_allclose(actual, plain.final, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "auxiliary_is_zero"), [("sit", True), ("dit", True), ("lightningdit", False)]
+)
+def test_fresh_network_starts_as_published(family, auxiliary_is_zero):
+    spec = DiTSpec.of(
+        family, "s", width=16, depth=3, heads=2, auxiliary_depth=1, input_size=4, num_classes=5
+    )
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def fresh() -> dit.Prediction:
+        x = jax.random.normal(jax.random.key(0), (2, 4, 4, spec.channels))
+        return DiT(spec, rngs=nnx.Rngs(0))(x, jnp.array([0.2, 0.7]), jnp.array([1, 5]))
+
+    prediction = fresh()
+    assert not np.any(prediction.final)
+    assert np.any(prediction.auxiliary) != auxiliary_is_zero
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "options", "published"),
+    [
+        # 675 129 632 is what the DiT and SiT authors' programs print for their XL/2 networks.
+        ("dit", "xl", dict(learned_sigma=True, auxiliary_depth=None), 675_129_632),
+        ("sit", "b", {}, None),
+        ("sit", "xl", {}, None),
+        ("lightningdit", "xl", {}, None),
+        ("lightningdit", "1p0b", dict(qk_norm=True, shift=False, patch_size=2), None),
+    ],
+)
+def test_parameter_counts_are_the_releases(family, size, options, published):
+    spec = DiTSpec.of(family, size, **options)
+    shapes = release_shapes(
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+        patch=spec.patch_size,
+        channels=spec.channels,
+        tokens=(spec.input_size // spec.patch_size) ** 2,
+        classes=1000,
+        lightning=family == "lightningdit",
+        qk_norm=spec.qk_norm,
+        shift=spec.shift,
+        learned_sigma=spec.learned_sigma,
+        auxiliary=spec.auxiliary_depth is not None,
+    )
+    count = sum(int(np.prod(shape)) for shape in shapes.values())
+    _, params = functional.split(dit.abstract(spec))
+    assert dit.parameter_count(params) == count
+    assert published in (None, count)
+
+
+def test_flops_of_the_published_network():
+    flops = dit.forward_flops(DiTSpec.of("sit", "xl"))
+    assert abs(flops / 237e9 - 1) < 0.01
+
+
+SPEC = DiTSpec.of("sit", "s", width=16, depth=3, heads=2, auxiliary_depth=1, input_size=4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(width=18), r"width 18 is not divisible by 4"),
+        (dict(heads=3), r"width 16 is not divisible by heads 3"),
+        (dict(depth=0), r"depth is 0: expected at least 1"),
+        (dict(patch_size=3), r"image size 4 is not divisible by patch size 3"),
+        (dict(auxiliary_depth=3), r"auxiliary_depth is 3: expected 1…2 for 3 blocks"),
+        (dict(rope=True, heads=8), r"head width 2 is not divisible by 4"),
+        (dict(family="lightningdot"), r"'lightningdot'.*did you mean lightningdit"),
+    ],
+)
+def test_impossible_architecture_is_refused(change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        dataclasses.replace(SPEC, **change)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_size_and_wrong_input_are_refused():
+    with pytest.raises(InputError, match="unknown model size 'xxl': expected one of s, b"):
+        DiTSpec.of("sit", "xxl")
+    model = dit.abstract(SPEC)
+    x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
+    expected = "input has shape (8, 8, 4): this model expects (4, 4, 4) (HWC)"
+    with pytest.raises(InputError, match=re.escape(expected)):
+        nnx.eval_shape(model, x, jnp.zeros(2), jnp.zeros(2, jnp.int32))

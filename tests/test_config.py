@@ -1,0 +1,122 @@
+import pytest
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax.errors import InputError
+from tests.common import tiny_config
+
+
+@pytest.mark.parametrize("family", ["sit", "dit", "lightningdit"])
+def test_defaults_are_valid(family):
+    config_lib.validate(config_lib.default_config(family))
+
+
+BAD = {
+    "train.batch_size=x": "config.train.batch_size is 'x': expected an integer",
+    "train.batch_size=0": "config.train.batch_size is 0: expected at least 1",
+    "train.ema_decay=1.5": "config.train.ema_decay is 1.5: expected 0…1",
+    "train.accumulate=5": "batch_size is 32: expected a multiple of config.train.accumulate, 5",
+    "model.family=sti": "config.model.family is 'sti': expected one of sit, dit.*did you mean sit",
+    "model.size=xxl": "unknown model size 'xxl': expected one of s, b, l, xl",
+    "model.auxiliary_depth=3": "auxiliary_depth is 3: expected 1…2 for 3 blocks",
+    "model.heads=5": "width 32 is not divisible by heads 5",
+    "model.patch_size=3": "image size 8 is not divisible by patch size 3",
+    "model.remat=some": "config.model.remat is 'some': expected one of none, full, dots",
+    "loss.path=liner": "unknown path 'liner': expected one of linear.*did you mean linear",
+    "loss.prediction=score": "config.loss.prediction is 'score': expected one of velocity",
+    "loss.label_dropout=2.0": "config.loss.label_dropout is 2.0: expected 0…1",
+    "sampler.name=huen": "unknown sampler 'huen': expected one of euler.*did you mean heun",
+    "sampler.num_steps=0": "config.sampler.num_steps is 0: expected at least 1",
+    "guidance.ig_interval=(0.7, 0.3)": r"config.guidance.ig_interval is \(0.7, 0.3\): expected",
+    "guidance.cfg_interval=(0.0, 1.5)": r"config.guidance.cfg_interval is \(0.0, 1.5\): expected",
+    "optimizer.name=sgd": "name is 'sgd': expected one of adamw, muon",
+    "data.name=imagenet": "config.data.name is 'imagenet': expected one of digits, latents",
+}
+
+
+def set_field(config, assignment):
+    field, text = assignment.split("=", 1)
+    section, name = field.split(".")
+    try:
+        value = eval(text)  # numbers and tuples; a bare word stays a string
+    except NameError:
+        value = text
+    plain = config.to_dict()
+    plain[section][name] = value
+    return ConfigDict(plain)
+
+
+@pytest.mark.parametrize("assignment", BAD)
+def test_bad_values_are_named(assignment):
+    with pytest.raises(InputError, match=BAD[assignment]) as caught:
+        config_lib.validate(set_field(tiny_config(), assignment))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_and_missing_fields():
+    config = tiny_config().to_dict()
+    config["train"]["num_stps"] = 3
+    expected = "unknown config field config.train.num_stps; did you mean num_steps"
+    with pytest.raises(InputError, match=expected):
+        config_lib.validate(ConfigDict(config))
+    config = tiny_config().to_dict()
+    del config["sampler"]["name"]
+    with pytest.raises(InputError, match="missing config field config.sampler.name"):
+        config_lib.validate(ConfigDict(config))
+
+
+def test_a_model_without_auxiliary_head_refuses_internal_guidance():
+    config = tiny_config()
+    config.model.auxiliary_depth = 0
+    config_lib.validate(config)
+    config.guidance.ig_scale = 1.5
+    with pytest.raises(InputError, match="config.guidance.ig_scale is 1.5: expected 1.*no auxil"):
+        config_lib.validate(config)
+
+
+def test_unconditional_model_refuses_cfg():
+    config = tiny_config()
+    config.model.num_classes = 0
+    config_lib.validate(config)
+    config.guidance.cfg_scale = 2.0
+    with pytest.raises(InputError, match="config.guidance.cfg_scale is 2.0: expected 1"):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    "data,fsdp,devices,message",
+    [
+        (4, 1, 8, "data=4, fsdp=1: expected a product that is the number of devices, 8"),
+        (-1, 3, 8, "data=-1, fsdp=3: expected a product that divides the number of devices, 8"),
+        (-1, -1, 8, "at most one of them -1"),
+        (-1, 1, 5, "batch_size / config.train.accumulate is 32: expected a multiple"),
+    ],
+)
+def test_meshes_that_do_not_fit(data, fsdp, devices, message):
+    config = tiny_config()
+    config.mesh.update(data=data, fsdp=fsdp)
+    with pytest.raises(InputError, match=message):
+        config_lib.check_devices(config, devices)
+
+
+def test_json_round_trip_and_fingerprint():
+    config = tiny_config()
+    again = config_lib.from_json(config_lib.to_json(config))
+    config_lib.validate(again)
+    assert again.to_dict() == config.to_dict()
+    assert config_lib.fingerprint(again) == config_lib.fingerprint(config)
+    again.train.batch_size = 64
+    assert config_lib.fingerprint(again) != config_lib.fingerprint(config)
+
+
+def test_differences_name_what_matters_and_only_that():
+    saved, config = tiny_config(), tiny_config()
+    config.guidance.ig_scale = 3.0
+    config.train.num_steps = 100
+    assert config_lib.differences(config, saved) == []
+    config.model.width = 64
+    config.seed = 1
+    assert sorted(config_lib.differences(config, saved)) == [
+        "config.model.width is 64, the checkpoint has 32",
+        "config.seed is 1, the checkpoint has 0",
+    ]

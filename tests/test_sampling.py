@@ -1,0 +1,96 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from ig_jax import sampling
+from ig_jax.diffusion.guidance import Guidance
+from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment
+from ig_jax.models import dit
+from ig_jax.models.functional import split
+from ig_jax.training import loop, sharding
+from tests.common import tiny_config
+
+
+@pytest.fixture(scope="module")
+def setup():
+    experiment = Experiment.from_config(tiny_config())
+    model = dit.DiT(experiment.spec, rngs=nnx.Rngs(0))
+    _, params = split(model)
+    # The heads start at zero: give every array some noise, so that both matter.
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
+    return sampling.make_drawer(experiment), params
+
+
+def draw(drawer, params, count=16, guidance=None, first=0):
+    guidance = guidance or Guidance(1.5)
+    indices = first + np.arange(count)
+    labels = sampling.choose_labels("random", indices, 10, 0)
+    return drawer.draw(params, guidance, 0, indices, labels)
+
+
+def test_samples_do_not_depend_on_batch_or_devices(setup):
+    drawer, params = setup
+    x = draw(drawer, params, 24)
+    assert x.shape == (24, 8, 8, 1) and np.isfinite(x).all()
+    np.testing.assert_allclose(draw(drawer, params, 5, first=19), x[19:], atol=1e-5)
+    larger = dataclasses.replace(drawer, batch_size=24)
+    np.testing.assert_allclose(draw(larger, params, 24), x, atol=1e-5)
+    alone = dataclasses.replace(
+        drawer, batch_size=8, mesh=sharding.make_mesh(devices=jax.devices()[:1])
+    )
+    host = jax.device_get(params)
+    np.testing.assert_allclose(draw(alone, host, 24), x, atol=1e-5)
+
+
+def test_new_scales_do_not_recompile(setup):
+    drawer, params = setup
+    sizes = []
+    for guidance in (Guidance(1.1), Guidance(1.9), Guidance(0.0)):
+        draw(drawer, params, guidance=guidance)
+        sizes.append(drawer._draw._cache_size())
+    assert len(set(sizes)) == 1
+    a = draw(drawer, params, guidance=Guidance(1.5, cfg_scale=1.2))
+    compiled = drawer._draw._cache_size()
+    b = draw(drawer, params, guidance=Guidance(1.5, cfg_scale=2.2))
+    assert drawer._draw._cache_size() == compiled
+    assert not np.allclose(a, b)
+
+
+def test_labels():
+    indices = np.arange(1000)
+    random = sampling.choose_labels("random", indices, 10, 0)
+    tail = sampling.choose_labels("random", indices[500:], 10, 0)
+    np.testing.assert_array_equal(random[500:], tail)
+    assert set(random) == set(range(10))
+    balanced = sampling.choose_labels("balanced", indices, 10, 0)
+    assert np.bincount(balanced).tolist() == [100] * 10
+    given = sampling.choose_labels("given", indices[:5], 10, 0, (3, 7))
+    assert given.tolist() == [3, 7, 3, 7, 3]
+    assert sampling.choose_labels("random", indices, 0, 0).tolist() == [0] * 1000
+    with pytest.raises(InputError, match="label 10 is out of range: expected 0…9"):
+        sampling.choose_labels("given", indices, 10, 0, (10,))
+
+
+def test_sample_mode_writes_pictures_and_npz(tmp_path):
+    config = tiny_config(num_steps=2)
+    loop.train(config, str(tmp_path))
+    config.sampler.num_samples = 10
+    line = sampling.run(config, str(tmp_path))
+    assert "10 samples of step 2" in line
+    with np.load(tmp_path / "samples" / "samples.npz") as file:
+        assert file["arr_0"].shape == (10, 8, 8, 1) and file["arr_0"].dtype == np.uint8
+        assert file["labels"].shape == (10,)
+    with Image.open(tmp_path / "samples" / "samples.png") as picture:
+        assert picture.size[0] > 3 * 64
+
+
+def test_an_empty_workdir_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint in .*expected a workdir that --mode=train"):
+        sampling.run(tiny_config(), str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
