@@ -20,6 +20,8 @@ from ig_jax.training.optimizer import OptimizerOptions
 
 DATA_SETS = ("digits", "latents", "folder", "tfds")
 LABELS = ("random", "balanced")
+FEATURES = ("auto", "digits", "inception")
+SWEEP_METRICS = ("fid", "inception_score", "label_accuracy")
 
 
 def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
@@ -49,6 +51,8 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 num_classes=1000,
                 qk_norm=False,
                 adaln_shift=True,
+                # Twice-wide final heads of published DiT and early SiT checkpoints.
+                learned_sigma=False,
                 # "auto": bfloat16 on accelerators, float32 on CPU.
                 dtype="auto",
                 scan_blocks=True,
@@ -152,6 +156,24 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 train_samples=5_000,
                 at_end=False,
             ),
+            sweep=dict(
+                # Every combination is a setting; intervals are pairs (low, high, low, high, …) of
+                # path times. By default IG acts everywhere, or at high and middle noise only.
+                ig_scales=(1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2),
+                ig_intervals=(0.0, 1.0, 0.0, 0.7) if light else (0.0, 1.0, 0.3, 1.0),
+                cfg_scales=(1.0,),
+                cfg_intervals=(0.0, 1.0),
+                # "fid", "inception_score" or (digits) "label_accuracy".
+                metric="fid",
+                # Samples of each setting in the last round.
+                num_samples=10_000,
+                # Samples of all settings together; 0: 30 % of num_samples of every setting.
+                budget=0,
+                # Of the search's noise and labels; the winner is measured again on seed + 1.
+                seed=1000,
+                # Resamples from which the uncertainty is estimated.
+                bootstrap=50,
+            ),
         )
     )
 
@@ -235,6 +257,11 @@ _RANGES: tuple[tuple, ...] = (
     ("sampler.time_shift", 1e-3),
     ("evaluation.num_samples", 2),
     ("evaluation.every", 0),
+    ("evaluation.train_samples", 2),
+    ("sweep.num_samples", 2),
+    ("sweep.budget", 0),
+    ("sweep.seed", 0),
+    ("sweep.bootstrap", 2),
     ("data.num_validation", 0),
     ("data.num_workers", 0),
 )
@@ -259,6 +286,8 @@ def validate(config: ConfigDict) -> None:
         _check_range(config, field, *limits)
     for name in ("ig_interval", "cfg_interval"):
         check_interval(f"config.guidance.{name}", tuple(config.guidance[name]))
+    _check_choice("evaluation.features", config.evaluation.features, FEATURES)
+    _check_sweep(config)
     spec = model_spec(config)
     # Not resolving "auto": that would start the devices, before processes found each other.
     OptimizerOptions(**_optimizer_fields(config, "float32"))
@@ -276,6 +305,26 @@ def validate(config: ConfigDict) -> None:
         )
     if config.sampler.name != sampler.ADAPTIVE:
         time_grid(config)
+
+
+def _check_sweep(config: ConfigDict) -> None:
+    _check_choice("sweep.metric", config.sweep.metric, SWEEP_METRICS)
+    for name in ("ig", "cfg"):
+        if not config.sweep[f"{name}_scales"]:
+            raise InputError(f"config.sweep.{name}_scales is empty: expected at least one scale")
+        interval_pairs(f"config.sweep.{name}_intervals", config.sweep[f"{name}_intervals"])
+
+
+def interval_pairs(field: str, values: tuple[float, ...]) -> tuple[tuple[float, float], ...]:
+    """Splits (low, high, low, high, …) into checked intervals; raises `InputError`."""
+    if not values or len(values) % 2:
+        raise InputError(
+            f"{field} is {tuple(values)}: expected pairs (low, high, low, high, …), at least one"
+        )
+    pairs = tuple(zip(values[::2], values[1::2], strict=True))
+    for pair in pairs:
+        check_interval(field, pair)
+    return pairs
 
 
 def _check_no_auxiliary(config: ConfigDict) -> None:
@@ -347,6 +396,7 @@ def model_spec(config: ConfigDict) -> dit.DiTSpec:
         num_classes=model.num_classes,
         qk_norm=model.qk_norm,
         shift=model.adaln_shift,
+        learned_sigma=model.learned_sigma,
     )
 
 
@@ -420,7 +470,7 @@ def fingerprint(config: ConfigDict) -> str:
 
 # Fields that a restarted run may change: they do not alter what is learned. `num_steps` is among
 # them so that a finished run can be prolonged.
-_FREE = ("guidance", "sampler", "mesh", "evaluation")
+_FREE = ("guidance", "sampler", "mesh", "evaluation", "sweep")
 _FREE_TRAIN = (
     "num_steps",
     "log_every",

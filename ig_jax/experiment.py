@@ -6,8 +6,7 @@ Training, sampling and evaluation all start here, so that a config means the sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -16,13 +15,18 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax.data import digits
+from ig_jax.convert.autoencoder import autoencoder_from_pytorch, fingerprint
+from ig_jax.data import digits, images, latents, prepare
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
-from ig_jax.models import dit
+from ig_jax.models import autoencoder, dit
+from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
 from ig_jax.training import sharding
+from ig_jax.training.checkpoint import saved_source
+
+_ENCODER_BATCH = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,13 +48,15 @@ class Experiment:
     mesh: Mesh
 
     @classmethod
-    def from_config(cls, config: ConfigDict) -> Experiment:
-        """Validates a config against the present devices and builds its parts."""
+    def from_config(
+        cls, config: ConfigDict, devices: Sequence[jax.Device] | None = None
+    ) -> Experiment:
+        """Validates a config against the present (or given) devices and builds its parts."""
         config_lib.validate(config)
-        config_lib.check_devices(config, jax.device_count())
+        config_lib.check_devices(config, len(jax.devices() if devices is None else devices))
         spec = config_lib.model_spec(config)
         graphdef, shapes = split(dit.abstract(spec, **config_lib.model_options(config)))
-        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+        mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         return cls(config, spec, graphdef, shapes, mesh)
 
     @property
@@ -74,7 +80,24 @@ class Experiment:
 
     def open_data(self) -> DataSource:
         """Opens the data set and checks that it fits the model; raises `InputError`."""
-        source = open_source(self.config)
+        source = open_source(self.config, self.sample_shape)
+        self._check(source)
+        return source
+
+    def open_facts(self, workdir: str) -> DataSource:
+        """What sampling needs to know of the data, without the data set where that is possible.
+
+        Args:
+            workdir: whose checkpoint carries the facts of the data it was trained on. Converted
+                checkpoints carry none: then those of the named autoencoder, or of the data set.
+        """
+        source = saved_source(workdir) or known_facts(self.config, self.spec)
+        if source is None:
+            return self.open_data()
+        self._check(source)
+        return source
+
+    def _check(self, source: DataSource) -> None:
         for field, found, expected in (
             ("input_size and channels", self.sample_shape, source.shape),
             ("num_classes", self.spec.num_classes, source.num_classes),
@@ -85,22 +108,105 @@ class Experiment:
                     f"config.model.{field} is {found}: "
                     f"the data set {self.config.data.name!r} has {expected}"
                 )
-        return source
 
 
-def open_source(config: ConfigDict) -> DataSource:
-    """Opens the data set that `config.data` names."""
+def open_source(config: ConfigDict, shape: tuple[int, int, int]) -> DataSource:
+    """Opens the data set that `config.data` names; `shape` is the model's (H, W, C)."""
     data = config.data
     if data.name == "digits":
         return digits.open_digits(data.num_validation, data.flip)
-    raise InputError(f"config.data.name is {data.name!r}: not here yet")
+    if data.name == "latents":
+        return latents.open_latents(
+            data.path,
+            autoencoder=data.autoencoder or None,
+            expected_shape=shape,
+            num_classes=config.model.num_classes or None,
+            num_validation=data.num_validation,
+        )
+    if data.name == "folder":
+        return images.open_folder(data.path, data.image_size, data.num_validation)
+    return images.open_tfds(
+        data.tfds_name, data.image_size, data.num_validation, data_dir=data.path
+    )
 
 
-def make_to_images(experiment: Experiment, source: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from model space (N, H, W, C) to pictures, (N, H, W, C) uint8."""
+def known_facts(config: ConfigDict, spec: dit.DiTSpec) -> DataSource | None:
+    """The facts of published latents, for checkpoints that were converted; None if unknown.
 
-    def pixels(x: np.ndarray) -> np.ndarray:
-        x = np.asarray(x) * source.scale + source.shift
-        return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    SD-VAE's normalisation is one published number. VA-VAE's is per-channel statistics, which only
+    its latents (`config.data.path`) carry.
+    """
+    published = AUTOENCODERS.get(config.data.autoencoder)
+    if config.data.name != "latents" or published is None or published.shift is None:
+        return None
+    return DataSource(
+        train=None,
+        validation=None,
+        shape=(spec.input_size, spec.input_size, spec.channels),
+        num_classes=spec.num_classes,
+        class_names=latents.class_names(spec.num_classes),
+        shift=np.full(1, published.shift, np.float32),
+        scale=np.full(1, published.scale, np.float32),
+        autoencoder=config.data.autoencoder,
+    )
 
-    return pixels
+
+def load_autoencoder(config: ConfigDict) -> Autoencoder:
+    """Loads the autoencoder that `config.data` names; raises `InputError` if it has no weights."""
+    data = config.data
+    if not data.autoencoder_path:
+        published = AUTOENCODERS.get(data.autoencoder)
+        where = f" ({published.repository}, {published.file})" if published else ""
+        raise InputError(
+            f"config.data.autoencoder_path is empty: expected the weights of {data.autoencoder}"
+            f"{where} to turn pictures into latents and back (or, in training, "
+            "config.train.sample_every=0)"
+        )
+    preset = data.autoencoder if data.autoencoder in AUTOENCODERS else None
+    dtype = config_lib.compute_dtype(config.model.dtype)
+    return autoencoder_from_pytorch(data.autoencoder_path, dtype=dtype, preset=preset)
+
+
+def make_to_images(
+    experiment: Experiment, source: DataSource
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Returns the function from model space (N, H, W, C) to pictures, (N, H', W', C') uint8."""
+    if source.autoencoder is None:
+
+        def pixels(x: np.ndarray) -> np.ndarray:
+            x = np.asarray(x) * source.scale + source.shift
+            return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+
+        return pixels
+    decode = autoencoder.make_decoder(load_autoencoder(experiment.config), uint8=True)
+    return lambda x: np.asarray(decode(np.asarray(x) * source.scale + source.shift))
+
+
+def run_prepare(config: ConfigDict, workdir: str | None) -> str:
+    """`--mode=prepare`: encodes `config.data.images` to latent shards in `config.data.path`."""
+    config_lib.validate(config)
+    data = config.data
+    if not data.path:
+        raise InputError("config.data.path is empty: expected the directory to write latents to")
+    pictures = images.open_images(data.images)
+    model = load_autoencoder(config)
+    published = AUTOENCODERS.get(data.autoencoder)
+    # One batch for every piece of work, whatever its size: the encoder compiles once.
+    encode = autoencoder.make_encoder(model, batch_size=_ENCODER_BATCH)
+
+    def moments(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = encode(pixels)
+        return found.mean, found.std
+
+    return prepare.prepare(
+        pictures,
+        data.path,
+        moments,
+        autoencoder=data.autoencoder,
+        fingerprint=fingerprint(split(model)[1]),
+        image_size=data.image_size,
+        twins=published is not None and published.flipped,
+        batch_size=_ENCODER_BATCH,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )

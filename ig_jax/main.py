@@ -44,13 +44,36 @@ def _evaluate(config: ConfigDict, workdir: str) -> str:
     return evaluate.run(config, workdir)
 
 
+def _prepare(config: ConfigDict, workdir: str) -> str:
+    from ig_jax import experiment
+
+    return experiment.run_prepare(config, workdir)
+
+
+def _sweep(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.evaluation import sweep
+
+    return sweep.run(config, workdir)
+
+
+def _compile(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.training import aot
+
+    return aot.run(config, workdir)
+
+
 # mode → (what it does, function(config, workdir) → the last line to print)
 MODES: dict[str, tuple[str, Callable[[ConfigDict, str], str]]] = {
     "train": ("train the config's model; continues by itself in the same workdir", _train),
     "sample": ("draw samples from a workdir: labelled PNG grid and .npz", _sample),
     "evaluate": ("score a workdir's samples, or an existing .npz or folder", _evaluate),
+    "sweep": ("search the best guidance for a workdir's model", _sweep),
+    "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
+    "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }
 
+# Modes that write nothing, or elsewhere.
+_NO_WORKDIR = ("prepare", "compile")
 _HELP_FLAGS = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 _HELP = "one of: " + "; ".join(f"{name} – {line}" for name, (line, _) in MODES.items())
 _MODE = flags.DEFINE_string("mode", "train", _HELP)
@@ -102,7 +125,7 @@ def _run(argv: list[str]) -> None:
         raise InputError(
             f"--mode is {mode!r}: expected one of {', '.join(known)}{suggest(mode, known)}"
         )
-    if workdir is None:
+    if workdir is None and mode not in _NO_WORKDIR:
         raise InputError("--workdir=DIR expected: where checkpoints and results go")
     config = flags.FLAGS["config"].value
     from ig_jax import config as config_lib

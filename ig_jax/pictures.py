@@ -23,7 +23,7 @@ def labelled_grid(
         titles: N short texts.
         columns: pictures in a row; about √N if None.
     """
-    count, height, width, channels = images.shape
+    count, height, width, _ = images.shape
     columns = columns or max(1, round(count**0.5))
     zoom = max(1, -(-_MIN_SIDE // height))
     font = ImageFont.load_default(size=13)
@@ -34,12 +34,23 @@ def labelled_grid(
     draw = ImageDraw.Draw(canvas)
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         left, top = gap + i % columns * cell[0], gap + i // columns * cell[1]
-        picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-        picture = picture.resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
+        picture = from_array(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
         canvas.paste(picture.convert("RGB"), (left, top))
         middle = (left + width * zoom / 2, top + height * zoom + 1)
         draw.text(middle, _fit(title, font, cell[0] - gap), "black", font, anchor="ma")
     return canvas
+
+
+def from_array(image: np.ndarray) -> Image.Image:
+    """A picture from (H, W, 1 or 3) uint8."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def read_image(path: epath.PathLike) -> np.ndarray:
+    """Reads a PNG as (H, W, 1 or 3) uint8."""
+    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as picture:
+        array = np.asarray(picture)
+    return array[..., None] if array.ndim == 2 else array
 
 
 def _fit(text: str, font: Any, width: int) -> str:

@@ -3,9 +3,12 @@ alone, whatever the batch size, the number of devices or the process that draws 
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
-import io
+import hashlib
+import json
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +27,8 @@ from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.training import sharding
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.training.checkpoint import Checkpoints, saved_config
+from ig_jax.training.processes import is_primary
 
 
 def choose_labels(
@@ -67,7 +71,7 @@ class Drawer:
         batch_size: samples drawn at once over all devices.
         mesh: the devices.
         arguments: keyword arguments of `diffusion.sampler.sample`.
-        weak: graph definition of Autoguidance's network, or None.
+        weak: graph definition and parameters of Autoguidance's network, or None.
     """
 
     graphdef: nnx.GraphDef
@@ -78,7 +82,7 @@ class Drawer:
     batch_size: int
     mesh: Mesh
     arguments: dict[str, Any]
-    weak: nnx.GraphDef | None = None
+    weak: tuple[nnx.GraphDef, Params] | None = None
 
     @functools.cached_property
     def _draw(self) -> Callable[..., jax.Array]:
@@ -95,7 +99,7 @@ class Drawer:
             # A CFG scale of exactly 1 stays a Python number, since it removes the ∅ branch.
             cfg_scale = 1.0 if guidance.cfg_scale == 1 else cfg_scale
             guidance = guidance.replace(ig_scale=ig_scale, cfg_scale=cfg_scale)
-            weak = None if self.weak is None else merge(self.weak, weak_params)
+            weak = None if self.weak is None else merge(self.weak[0], weak_params)
             field = GuidedVelocity(
                 merge(self.graphdef, params),
                 labels,
@@ -125,7 +129,6 @@ class Drawer:
         seed: int,
         indices: np.ndarray,
         labels: np.ndarray,
-        weak_params: Params | None = None,
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Draws samples batch by batch; each process gets its own rows of every batch.
 
@@ -134,7 +137,6 @@ class Drawer:
             guidance: scales and intervals; new scales do not recompile.
             seed: of the samples.
             indices, labels: (N,) sample indices and their labels.
-            weak_params: parameters of the weak network, if there is one.
 
         Yields:
             (positions, samples): which of the N samples these are, (n,), and (n, H, W, C) float32
@@ -145,9 +147,7 @@ class Drawer:
         )
         share = self.batch_size // jax.process_count()
         rows = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-        # Scales travel as arrays, so that new ones are new arguments and not a new program.
-        scales = (np.float32(guidance.ig_scale), np.float32(guidance.cfg_scale))
-        static = guidance.replace(ig_scale=1.0, cfg_scale=1.0 if scales[1] == 1 else 0.0)
+        scales, static = _split_scales(guidance)
         pending = None
         for start in range(0, len(indices), self.batch_size):
             positions = np.arange(start, start + self.batch_size)
@@ -156,7 +156,7 @@ class Drawer:
             safe = np.where(positions < len(indices), positions, start)[rows]
             drawn = self._draw(
                 params,
-                weak_params,
+                None if self.weak is None else self.weak[1],
                 scales,
                 np.uint32(seed),
                 place(indices[safe].astype(np.int32)),
@@ -173,6 +173,21 @@ class Drawer:
         """As `batches`, but all of this process's samples at once, in order: (n, H, W, C)."""
         return np.concatenate([x for _, x in self.batches(*arguments, **keywords)])
 
+    def lower(self, params: Params, guidance: Guidance) -> jax.stages.Lowered:
+        """The program that draws one batch, from parameters' shapes alone."""
+        scales, static = _split_scales(guidance)
+        rows = jax.ShapeDtypeStruct(
+            (self.batch_size,), np.int32, sharding=sharding.batch_sharding(self.mesh)
+        )
+        weak = None if self.weak is None else self.weak[1]
+        return self._draw.lower(params, weak, scales, np.uint32(0), rows, rows, guidance=static)
+
+
+def _split_scales(guidance: Guidance) -> tuple[tuple[np.float32, np.float32], Guidance]:
+    """Scales to pass as arrays, so that new ones are no new program, and the static rest."""
+    scales = (np.float32(guidance.ig_scale), np.float32(guidance.cfg_scale))
+    return scales, guidance.replace(ig_scale=1.0, cfg_scale=1.0 if scales[1] == 1 else 0.0)
+
 
 def _local(positions: np.ndarray, drawn: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:
     """This process's rows of a batch on the host, without the filling."""
@@ -183,7 +198,7 @@ def _local(positions: np.ndarray, drawn: jax.Array, count: int) -> tuple[np.ndar
 
 
 def make_drawer(experiment: Experiment) -> Drawer:
-    """The compiled sampler that a config describes."""
+    """The compiled sampler that a config describes, with its weak network if it names one."""
     config = experiment.config
     return Drawer(
         graphdef=experiment.graphdef,
@@ -194,7 +209,32 @@ def make_drawer(experiment: Experiment) -> Drawer:
         batch_size=config.sampler.batch_size,
         mesh=experiment.mesh,
         arguments=config_lib.sampler_arguments(config),
+        weak=_open_weak(experiment),
     )
+
+
+def _open_weak(experiment: Experiment) -> tuple[nnx.GraphDef, Params] | None:
+    """Loads the network that `config.guidance.weak` names, for Autoguidance."""
+    workdir = experiment.config.guidance.weak
+    if not workdir:
+        return None
+    saved = saved_config(workdir)
+    weak = Experiment.from_config(saved)
+    for field, found, expected in (
+        ("the data shape", weak.sample_shape, experiment.sample_shape),
+        ("num_classes", weak.spec.num_classes, experiment.spec.num_classes),
+        ("loss.path", saved.loss.path, experiment.config.loss.path),
+        ("loss.prediction", saved.loss.prediction, experiment.config.loss.prediction),
+    ):
+        if found != expected:
+            raise InputError(
+                f"config.guidance.weak is {workdir!r}, where {field} is {found}: "
+                f"expected {expected}"
+            )
+    checkpoints = Checkpoints(workdir, read_only=True)
+    params = checkpoints.weights(weak.abstract_params())
+    checkpoints.close()
+    return weak.graphdef, params
 
 
 def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
@@ -208,35 +248,168 @@ def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, 
     return choose_labels("given", indices, num_classes, config.seed, classes)
 
 
-def run(config: ConfigDict, workdir: str) -> str:
-    """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples`.
+def request_name(request: dict[str, Any]) -> str:
+    """A folder name for a sampling request: readable, and different for different requests."""
+    guidance, sampler_fields = request["guidance"], request["sampler"]
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
+    return (
+        f"step{request['checkpoint_step']}_ig{guidance['ig_scale']:g}_cfg{guidance['cfg_scale']:g}"
+        f"_{sampler_fields['name']}{sampler_fields['num_steps']}_seed{request['seed']}_{digest}"
+    )
 
-    Writes `samples.npz` (`arr_0` uint8 (N, H, W, C), as evaluators expect, and `labels`) and a
-    labelled grid of the first 100, `samples.png`. Raises `InputError` on an empty workdir.
+
+def protocol_of(config: ConfigDict, step: int) -> dict[str, Any]:
+    """What fixes the pictures of a sampling run, as plain values."""
+    sampler_fields = {
+        k: v for k, v in config.sampler.items() if k not in ("num_samples", "batch_size")
+    }
+    return json.loads(
+        json.dumps(
+            {
+                "checkpoint_step": step,
+                "seed": config.seed,
+                "guidance": config.guidance.to_dict(),
+                "sampler": sampler_fields,
+                "dtype": config_lib.compute_dtype(config.model.dtype).name,
+            }
+        )
+    )
+
+
+class PictureFolder:
+    """A folder of numbered PNGs that a stopped sampling run can go on filling.
+
+    Every picture is written whole or not at all, so that whatever is there counts.
+
+    Args:
+        directory: local or `gs://`; of one request only (see `request_name`).
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self.directory = epath.Path(directory)
+
+    def path(self, index: int) -> epath.Path:
+        """Where picture `index` is."""
+        return self.directory / f"{index:06d}.png"
+
+    def done(self) -> set[int]:
+        """Indices of the pictures that are there."""
+        if not self.directory.exists():
+            return set()
+        names = (p.name for p in self.directory.iterdir())
+        return {int(n[:6]) for n in names if len(n) == 10 and n.endswith(".png")}
+
+    def write(self, index: int, image: np.ndarray) -> None:
+        """Writes one (H, W, C) uint8 picture, whole or not at all."""
+        partial = self.directory / f"{index:06d}.partial"
+        pictures.save_image(partial, pictures.from_array(image))
+        partial.replace(self.path(index))
+
+    def read(self, index: int) -> np.ndarray:
+        """Reads one (H, W, C) uint8 picture."""
+        return pictures.read_image(self.path(index))
+
+
+def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, shape: Any) -> None:
+    """Writes `arr_0`, uint8 (count, *shape), picture by picture: 50,000 need no memory.
+
+    The file appears under its name only when it is complete.
+    """
+    path = epath.Path(path)
+    partial = path.parent / (path.name + ".partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    with (
+        partial.open("wb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for image in images:
+            member.write(np.ascontiguousarray(image).tobytes())
+    partial.replace(path)
+
+
+def draw_into(
+    folder: PictureFolder,
+    drawer: Drawer,
+    params: Params,
+    guidance: Guidance,
+    seed: int,
+    labels: np.ndarray,
+    to_images: Callable[[np.ndarray], np.ndarray],
+) -> int:
+    """Fills a folder with the samples that are not there yet; returns how many were drawn.
+
+    Only whole batches are skipped, and all processes skip the same ones.
+    """
+    count = len(labels)
+    todo = np.ones(count, bool)
+    todo[[i for i in folder.done() if i < count]] = False
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        todo = np.asarray(multihost_utils.broadcast_one_to_all(todo))
+    missing = np.flatnonzero(todo)
+    with (
+        console.progress_bar(count, "sampling", count - len(missing)) as advance,
+        concurrent.futures.ThreadPoolExecutor(4) as writers,
+    ):
+        for positions, x in drawer.batches(params, guidance, seed, missing, labels[missing]):
+            images = to_images(x)
+            indices = missing[positions]
+            list(writers.map(folder.write, indices.tolist(), images))
+            advance(len(positions) * jax.process_count())
+    return len(missing)
+
+
+def run(config: ConfigDict, workdir: str) -> str:
+    """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
+
+    A folder named after the request gets numbered PNGs in `images`, `samples.npz` (`arr_0`, uint8
+    (N, H, W, C), as evaluators expect), `labels.txt`, `request.json` and a labelled grid of the
+    first 100, `samples.png`. Started again after a stop it draws only what is missing. Raises
+    `InputError` on an empty workdir.
     """
     experiment = Experiment.from_config(config)
-    source = experiment.open_data()
-    indices = np.arange(config.sampler.num_samples)
-    labels = labels_for(config, indices, source.class_names)
     checkpoints = Checkpoints(workdir, read_only=True)
     step = checkpoints.step()
+    source = experiment.open_facts(workdir)
+    indices = np.arange(config.sampler.num_samples)
+    labels = labels_for(config, indices, source.class_names)
+    request = protocol_of(config, step)
+    directory = epath.Path(workdir) / "samples" / request_name(request)
+    folder = PictureFolder(directory / "images")
+    to_images = make_to_images(experiment, source)
     params = checkpoints.weights(experiment.abstract_params(), ema=config.sampler.ema)
     checkpoints.close()
-    to_images = make_to_images(experiment, source)
     drawer = make_drawer(experiment)
-    images = []
-    with console.progress_bar(len(indices), "sampling") as advance:
-        guidance = config_lib.guidance(config)
-        for positions, x in drawer.batches(params, guidance, config.seed, indices, labels):
-            images.append(to_images(x))
-            advance(len(positions))
-    pixels = np.concatenate(images)
-    directory = epath.Path(workdir) / "samples"
-    directory.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    np.savez(buffer, arr_0=pixels, labels=labels)
-    (directory / "samples.npz").write_bytes(buffer.getvalue())
-    names = [source.class_names[i] if config.model.num_classes else "" for i in labels[:100]]
-    grid = pictures.labelled_grid(pixels[:100], names)
-    pictures.save_image(directory / "samples.png", grid)
-    return f"{len(pixels)} samples of step {step}: {directory}/samples.png and samples.npz"
+    if is_primary():
+        folder.directory.mkdir(parents=True, exist_ok=True)
+        (directory / "request.json").write_text(json.dumps(request, indent=1) + "\n")
+    _meet("samples folder")
+    guidance = config_lib.guidance(config)
+    drawn = draw_into(folder, drawer, params, guidance, config.seed, labels, to_images)
+    _meet("samples drawn")
+    if is_primary():
+        first = np.stack([folder.read(i) for i in indices[:100]])
+        images = (folder.read(i) for i in indices)
+        write_npz(directory / "samples.npz", images, len(indices), first.shape[1:])
+        names = [source.class_names[i] if config.model.num_classes else "" for i in labels]
+        lines = (
+            f"{i:06d} {label} {name}"
+            for i, (label, name) in enumerate(zip(labels, names, strict=True))
+        )
+        (directory / "labels.txt").write_text("\n".join(lines) + "\n")
+        pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
+    return (
+        f"{len(indices)} samples of step {step} ({drawn} drawn now): "
+        f"{directory}/samples.png, samples.npz and images/"
+    )
+
+
+def _meet(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -12,6 +12,8 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
-from ig_jax import console
 
-console.quiet_libraries()
+def pytest_configure():
+    from ig_jax import console
+
+    console.quiet_libraries()

@@ -83,11 +83,45 @@ def test_sample_mode_writes_pictures_and_npz(tmp_path):
     config.sampler.num_samples = 10
     line = sampling.run(config, str(tmp_path))
     assert "10 samples of step 2" in line
-    with np.load(tmp_path / "samples" / "samples.npz") as file:
-        assert file["arr_0"].shape == (10, 8, 8, 1) and file["arr_0"].dtype == np.uint8
-        assert file["labels"].shape == (10,)
-    with Image.open(tmp_path / "samples" / "samples.png") as picture:
+    (samples,) = (tmp_path / "samples").iterdir()
+    assert samples.name.startswith("step2_ig1_cfg1_heun3_seed0_")
+    with np.load(samples / "samples.npz") as file:
+        assert file.files == ["arr_0"]
+        found = file["arr_0"]
+    assert found.shape == (10, 8, 8, 1) and found.dtype == np.uint8
+    assert len((samples / "labels.txt").read_text().splitlines()) == 10
+    with Image.open(samples / "samples.png") as picture:
         assert picture.size[0] > 3 * 64
+
+    # Stopped in the middle (some pictures missing, one half written) and started again.
+    for index in (3, 7):
+        (samples / "images" / f"{index:06d}.png").unlink()
+    (samples / "images" / "000003.partial").write_bytes(b"half")
+    assert "2 drawn now" in sampling.run(config, str(tmp_path))
+    with np.load(samples / "samples.npz") as file:
+        np.testing.assert_array_equal(file["arr_0"], found)
+    config.sampler.num_samples = 12
+    assert "2 drawn now" in sampling.run(config, str(tmp_path))
+
+    # Another request has a folder of its own.
+    config.guidance.ig_scale = 2.5
+    assert "12 drawn now" in sampling.run(config, str(tmp_path))
+    assert len(list((tmp_path / "samples").iterdir())) == 2
+
+
+def test_autoguidance_uses_another_workdirs_network(tmp_path, setup):
+    config = tiny_config(num_steps=2, validate_every=0)
+    loop.train(config, str(tmp_path))
+    config.guidance.update(weak=str(tmp_path), ig_scale=2.0)
+    drawer = sampling.make_drawer(Experiment.from_config(config))
+    _, params = setup
+    guided, own = draw(drawer, params, guidance=Guidance(2.0)), draw(*setup, guidance=Guidance(2.0))
+    assert not np.allclose(guided, own)
+    plain = draw(drawer, params, guidance=Guidance(1.0))
+    np.testing.assert_allclose(plain, draw(*setup, guidance=Guidance(1.0)), atol=1e-5)
+    config.loss.path = "cosine"
+    with pytest.raises(InputError, match="loss.path is linear: expected cosine"):
+        sampling.make_drawer(Experiment.from_config(config))
 
 
 def test_an_empty_workdir_is_refused(tmp_path):

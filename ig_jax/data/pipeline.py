@@ -13,6 +13,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from jax.sharding import NamedSharding
 
 from ig_jax.data.source import Example, RandomAccess
@@ -63,6 +64,8 @@ class BatchIterator:
         options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
         stream = self._batches[self._step :].to_iter_dataset(options)
         if self._num_workers:
+            if not flags.FLAGS.is_parsed():  # in a notebook or a library; Grain reads flags
+                flags.FLAGS.mark_as_parsed()
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._num_workers, per_worker_buffer_size=2
@@ -98,9 +101,9 @@ def make_iterator(
 ) -> BatchIterator:
     """Endless shuffled batches whose content depends on (seed, step) alone.
 
-    Every epoch has an order of its own. Process p of P reads the p-th contiguous slice of each global
-    batch and nothing else, so the global batch is the same for any P. `get_state()` is small, JSON
-    and the same on all processes; `set_state()` resumes at the exact example.
+    Every epoch has an order of its own. Process p of P reads the p-th contiguous slice of each
+    global batch and nothing else, so the global batch is the same for any P. `get_state()` is
+    small, JSON and the same on all processes; `set_state()` resumes at the exact example.
 
     Args:
         source: examples.

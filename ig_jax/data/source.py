@@ -15,9 +15,9 @@ Example = dict[str, Any]
 class RandomAccess(Protocol):
     """Examples by index (Grain's random-access protocol).
 
-    An example holds "label" (int32) and either "x" (H, W, C), float32 or uint8 pixels, or "mean" and
-    "std" (H, W, C) float32 of an autoencoder's posterior. Mirrored twins, where stored, carry the
-    suffix "_flip".
+    An example holds "label" (int32) and either "x" (H, W, C), float32 or uint8 pixels, or "mean"
+    and "std" (H, W, C) float32 of an autoencoder's posterior. Mirrored twins, where stored, carry
+    the suffix "_flip".
     """
 
     def __len__(self) -> int: ...
@@ -58,17 +58,17 @@ class DataSource:
     """An opened data set.
 
     Attributes:
-        train: training examples.
+        train: training examples; None where only the facts below are known (sampling).
         validation: held-out examples, or None.
         shape: (H, W, C) of one model input.
         num_classes: number of labels.
         class_names: a name a class, in label order.
-        shift, scale: (C,) or (1,) float32; the model sees `(latent − shift)/scale`. For SD-VAE shift
-            is 0 and scale is 1/0.18215.
+        shift, scale: (C,) or (1,) float32; the model sees `(latent − shift)/scale`. For SD-VAE
+            shift is 0 and scale is 1/0.18215.
         autoencoder: name of the autoencoder whose latents these are, or None for pixels.
     """
 
-    train: RandomAccess
+    train: RandomAccess | None
     validation: RandomAccess | None
     shape: tuple[int, int, int]
     num_classes: int
@@ -76,6 +76,31 @@ class DataSource:
     shift: np.ndarray
     scale: np.ndarray
     autoencoder: str | None
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the examples, as JSON values: what sampling needs to know of the data."""
+        return {
+            "shape": list(self.shape),
+            "num_classes": self.num_classes,
+            "class_names": list(self.class_names),
+            "shift": [float(v) for v in self.shift],
+            "scale": [float(v) for v in self.scale],
+            "autoencoder": self.autoencoder,
+        }
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> DataSource:
+        """A source without examples, from `facts`."""
+        return cls(
+            train=None,
+            validation=None,
+            shape=tuple(facts["shape"]),
+            num_classes=facts["num_classes"],
+            class_names=tuple(facts["class_names"]),
+            shift=np.asarray(facts["shift"], np.float32),
+            scale=np.asarray(facts["scale"], np.float32),
+            autoencoder=facts["autoencoder"],
+        )
 
 
 def hold_out(source: RandomAccess, num_validation: int) -> tuple[RandomAccess, RandomAccess | None]:

@@ -59,8 +59,13 @@ def _mean(x: jax.Array) -> jax.Array:
 
 def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     """Mean over positions of `1 − cos` along the channel axis of two (B, H, W, C) arrays, (B,)."""
-    norms = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return _mean(1 - (a * b).sum(-1) / jnp.maximum(norms, 1e-8))
+
+    def norm(x: jax.Array) -> jax.Array:
+        # Bounded below under the root, as PyTorch has it: heads start at zero, where the gradient
+        # of a plain norm is not a number.
+        return jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1), 1e-16))
+
+    return _mean(1 - (a * b).sum(-1) / (norm(a) * norm(b)))
 
 
 def losses_from(

@@ -61,22 +61,135 @@ def make_extractor(config: ConfigDict, mesh: jax.sharding.Mesh) -> FeatureExtrac
 
 
 @dataclasses.dataclass(frozen=True)
+class Scorer:
+    """Turns features of pictures into scores and their record.
+
+    Attributes:
+        extractor: what turns pictures into features.
+        reference: what they are compared with.
+        classes: whether pictures were asked for by class, so that reading them means something.
+    """
+
+    extractor: FeatureExtractor
+    reference: ReferenceStatistics
+    classes: bool
+
+    @classmethod
+    def create(
+        cls,
+        experiment: Experiment,
+        source: DataSource | None,
+        workdir: epath.PathLike | None = None,
+        to_images: sets.ToImages | None = None,
+    ) -> Scorer:
+        """Prepares what `config.evaluation` describes.
+
+        Args:
+            experiment: the config and its parts.
+            source: its data set; not needed if the config names a reference.
+            workdir: reference statistics are cached in its folder `evaluation`, if given.
+            to_images: from model space to pictures, if it is there already.
+
+        Raises:
+            InputError: missing or unfitting Inception weights or reference file.
+        """
+        config = experiment.config
+        extractor = make_extractor(config, experiment.mesh)
+        cache = None if workdir is None else epath.Path(workdir) / FOLDER
+        data = None
+        if not config.evaluation.reference:
+            to_images = to_images or make_to_images(experiment, source)
+            data = sets.DataImages(source, to_images, config.data.name)
+        reference = sets.open_reference(config.evaluation.reference, extractor, data, cache)
+        return cls(extractor, reference, experiment.spec.num_classes > 0)
+
+    def score(
+        self, samples: SetFeatures, labels: np.ndarray | None
+    ) -> tuple[dict[str, float], tuple[str, ...]]:
+        """Scores pictures against the reference.
+
+        Args:
+            samples: their features.
+            labels: (N,) labels that were asked for, or None if unknown.
+
+        Returns:
+            (metrics, notes): values by name of `protocol.METRICS`, and warnings.
+        """
+        reference = self.reference
+        check_resolution(reference, samples.shape[1:3])
+        counts = (samples.shape[0], reference.pool.count)
+        few = (metrics.few_samples(count, self.extractor.width) for count in counts)
+        notes = [note for note in few if note]
+        with warnings.catch_warnings():  # it is among the notes
+            warnings.simplefilter("ignore", metrics.FewSamplesWarning)
+            found = {"fid": metrics.frechet_distance(samples.pool, reference.pool)}
+            if samples.spatial is not None and reference.spatial is not None:
+                found["sfid"] = metrics.frechet_distance(samples.spatial, reference.spatial)
+        if self.is_inception:
+            found["inception_score"] = metrics.inception_score(samples.probabilities)
+        if reference.features is None:
+            notes.append("no precision and recall: the reference holds neither features nor images")
+        else:
+            pair = metrics.precision_recall(reference.features, samples.features)
+            found |= {"precision": pair.precision, "recall": pair.recall}
+        if self.reads_labels and labels is not None:
+            found["label_accuracy"] = label_accuracy(samples.probabilities, labels)
+        return found, tuple(notes)
+
+    @property
+    def is_inception(self) -> bool:
+        """Whether FID, sFID and Inception Score are what their names say."""
+        return isinstance(self.extractor, InceptionExtractor)
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether the extractor can tell the classes that were asked for."""
+        return self.classes and isinstance(self.extractor, DigitsExtractor)
+
+    def record(
+        self, samples: SetFeatures, sampling_record: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        """The protocol of scores of `samples`; without a sampling record those fields are None."""
+        drawn = sampling_record or dict.fromkeys(protocol.SAMPLING_FIELDS)
+        about = self.reference.metadata
+        return {
+            **drawn,
+            "num_samples": samples.shape[0],
+            "samples": "drawn for this score",
+            "samples_hash": samples.digest,
+            "resolution": f"{samples.shape[1]}x{samples.shape[2]}",
+            "features": self.extractor.name,
+            "features_hash": self.extractor.fingerprint,
+            "resize": "TF1 bilinear to 299x299" if self.is_inception else "none",
+            "uint8": True,
+            "reference": about["name"],
+            "reference_hash": about["hash"],
+            "reference_count": about["count"],
+            "versions": protocol.versions(),
+            "device": jax.devices()[0].device_kind,
+        }
+
+
+def label_accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Share of (N, classes) readings that are the (N,) labels."""
+    return float(np.mean(probabilities.argmax(1) == labels))
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Everything that scoring needs besides weights.
+    """Draws samples of one model's experiment and scores them.
 
     Attributes:
         experiment: the config and its parts.
-        source: the data set.
-        extractor: what turns pictures into features.
-        reference: what they are compared with.
+        source: the data set, or its facts.
+        scorer: what the samples are scored with.
         drawer: the compiled sampler.
         to_images: from model space to uint8 pictures.
     """
 
     experiment: Experiment
     source: DataSource
-    extractor: FeatureExtractor
-    reference: ReferenceStatistics
+    scorer: Scorer
     drawer: sampling.Drawer
     to_images: sets.ToImages
 
@@ -92,21 +205,18 @@ class Evaluator:
 
         Args:
             experiment: the config and its parts.
-            source: its data set.
+            source: its data set; of facts alone if the config names a reference.
             workdir: reference statistics are cached in its folder `evaluation`, if given.
             drawer: a sampler to share, which saves its compilation.
 
         Raises:
             InputError: missing or unfitting Inception weights, reference file or resolution.
         """
-        config = experiment.config
         to_images = make_to_images(experiment, source)
-        extractor = make_extractor(config, experiment.mesh)
-        data = sets.DataImages(source, to_images, config.data.name)
-        cache = None if workdir is None else epath.Path(workdir) / FOLDER
-        reference = sets.open_reference(config.evaluation.reference, extractor, data, cache)
+        scorer = Scorer.create(experiment, source, workdir, to_images)
+        check_resolution(scorer.reference, picture_size(experiment, source))
         drawer = drawer or sampling.make_drawer(experiment)
-        return cls(experiment, source, extractor, reference, drawer, to_images)
+        return cls(experiment, source, scorer, drawer, to_images)
 
     def sample_features(
         self,
@@ -115,8 +225,6 @@ class Evaluator:
         indices: np.ndarray,
         labels: np.ndarray,
         seed: int,
-        *,
-        weak_params: Params | None = None,
         advance: console.Advance = lambda count=1, text="": None,
     ) -> SetFeatures:
         """Features of the samples with these indices and labels, (N,) each.
@@ -124,9 +232,8 @@ class Evaluator:
         Raises:
             InputError: if the model's samples are not finite.
         """
-        accumulator = sets.FeatureAccumulator(self.extractor)
-        batches = self.drawer.batches(params, guidance, seed, indices, labels, weak_params)
-        for positions, x in batches:
+        accumulator = sets.FeatureAccumulator(self.scorer.extractor)
+        for positions, x in self.drawer.batches(params, guidance, seed, indices, labels):
             if len(positions) == 0:
                 continue
             if not np.all(np.isfinite(x)):
@@ -138,67 +245,9 @@ class Evaluator:
             advance(len(positions) * jax.process_count())
         return accumulator.finish(len(indices))
 
-    def score(
-        self, samples: SetFeatures, labels: np.ndarray | None
-    ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """Scores pictures against the reference.
-
-        Args:
-            samples: their features.
-            labels: (N,) labels that were asked for, or None if unknown or meaningless.
-
-        Returns:
-            (metrics, notes): values by name of `protocol.METRICS`, and warnings.
-        """
-        reference = self.reference
-        check_resolution(reference, samples.shape[1:3])
-        counts = (samples.shape[0], reference.pool.count)
-        few = (metrics.few_samples(count, self.extractor.width) for count in counts)
-        notes = [note for note in few if note]
-        with warnings.catch_warnings():  # it is among the notes
-            warnings.simplefilter("ignore", metrics.FewSamplesWarning)
-            found = {"fid": metrics.frechet_distance(samples.pool, reference.pool)}
-            if samples.spatial is not None and reference.spatial is not None:
-                found["sfid"] = metrics.frechet_distance(samples.spatial, reference.spatial)
-        if isinstance(self.extractor, InceptionExtractor):
-            found["inception_score"] = metrics.inception_score(samples.probabilities)
-        if reference.features is None:
-            notes.append("no precision and recall: the reference holds neither features nor images")
-        else:
-            pair = metrics.precision_recall(reference.features, samples.features)
-            found |= {"precision": pair.precision, "recall": pair.recall}
-        if isinstance(self.extractor, DigitsExtractor) and labels is not None:
-            read = samples.probabilities.argmax(1)
-            found["label_accuracy"] = float(np.mean(read == labels))
-        return found, tuple(notes)
-
-    def record(self, samples: SetFeatures, sampling_record: dict[str, Any] | None) -> dict:
-        """The protocol of scores of `samples`; without a sampling record those fields are None."""
-        reference, extractor = self.reference, self.extractor
-        drawn = sampling_record or dict.fromkeys(protocol.SAMPLING_FIELDS)
-        size = f"{samples.shape[1]}x{samples.shape[2]}"
-        is_inception = isinstance(extractor, InceptionExtractor)
-        return {
-            **drawn,
-            "num_samples": samples.shape[0],
-            "samples": "drawn for this score",
-            "samples_hash": samples.digest,
-            "resolution": size,
-            "features": extractor.name,
-            "features_hash": extractor.fingerprint,
-            "resize": "TF1 bilinear to 299x299" if is_inception else "none",
-            "uint8": True,
-            "reference": reference.metadata["name"],
-            "reference_hash": reference.metadata["hash"],
-            "reference_count": reference.metadata["count"],
-            "versions": protocol.versions(),
-            "device": jax.devices()[0].device_kind,
-        }
-
-    @property
-    def labels_mean_something(self) -> bool:
-        """Whether the model was asked for classes that the extractor can read."""
-        return self.experiment.spec.num_classes > 0
+    def weak_hash(self) -> str | None:
+        """Hash of the weights of the network that replaces the auxiliary head, if there is one."""
+        return None if self.drawer.weak is None else protocol.weights_hash(self.drawer.weak[1])
 
 
 def check_resolution(reference: ReferenceStatistics, found: Sequence[int]) -> None:
@@ -226,7 +275,6 @@ def evaluate(
     workdir: epath.PathLike | None = None,
     step: int | None = None,
     ema: bool = True,
-    weak_params: Params | None = None,
     drawer: sampling.Drawer | None = None,
 ) -> list[Result]:
     """Scores a model at each setting that the config lists, on the same noise and labels.
@@ -238,7 +286,6 @@ def evaluate(
         workdir: where reference statistics are cached; nothing else is written.
         step: training step of `params`, for the record.
         ema: whether they are the EMA, for the record.
-        weak_params: of the network that replaces the auxiliary head, if there is one.
         drawer: a sampler to share, which saves its compilation.
 
     Returns:
@@ -248,52 +295,47 @@ def evaluate(
         InputError: before anything is compiled, unless samples turn out not to be finite.
     """
     config = experiment.config
-    check_guidance(experiment, guidances(config), weak_params is not None)
+    check_guidance(experiment, guidances(config))
     evaluator = Evaluator.create(experiment, source, workdir, drawer)
-    check_resolution(evaluator.reference, picture_size(experiment, source))
     indices = np.arange(config.evaluation.num_samples)
     labels = sampling.labels_for(config, indices, source.class_names)
     digest = protocol.weights_hash(params)
+    weak = evaluator.weak_hash()
     results = []
     settings = guidances(config)
     with console.progress_bar(len(settings) * len(indices), "evaluating") as advance:
         for guidance in settings:
             found = evaluator.sample_features(
-                params,
-                guidance,
-                indices,
-                labels,
-                config.seed,
-                weak_params=weak_params,
-                advance=advance,
+                params, guidance, indices, labels, config.seed, advance
             )
             drawn = protocol.sampling_record(
-                config, guidance, step=step, weights=digest, ema=ema, seed=config.seed
+                config, guidance, step=step, weights=digest, ema=ema, weak=weak
             )
-            asked = labels if evaluator.labels_mean_something else None
-            scores, notes = evaluator.score(found, asked)
-            results.append(Result(scores, evaluator.record(found, drawn), notes))
+            scores, notes = evaluator.scorer.score(found, labels)
+            results.append(Result(scores, evaluator.scorer.record(found, drawn), notes))
     return results
 
 
-def evaluate_files(experiment: Experiment, source: DataSource, workdir: epath.PathLike) -> Result:
+def evaluate_files(
+    experiment: Experiment, source: DataSource | None, workdir: epath.PathLike
+) -> Result:
     """Scores the pictures that `config.evaluation.samples` names.
 
-    The record has what the file says of its sampling (an `.npz` of ours does), and else None.
+    The data set is needed only where the config names no reference. The record has what the file says of its sampling (an `.npz` of ours does), and else None.
     """
     path = experiment.config.evaluation.samples
     images = sets.open_images(path)
     labels, drawn = sets.stored_facts(path, images.shape[0])
-    evaluator = Evaluator.create(experiment, source, workdir)
-    check_resolution(evaluator.reference, images.shape[1:3])
-    found = sets.file_features(images, evaluator.extractor, "sample features")
-    scores, notes = evaluator.score(found, labels if evaluator.labels_mean_something else None)
-    record = evaluator.record(found, drawn) | {"samples": path}
-    return Result(scores, record, notes)
+    scorer = Scorer.create(experiment, source, workdir)
+    check_resolution(scorer.reference, images.shape[1:3])
+    found = sets.file_features(images, scorer.extractor, "sample features")
+    scores, notes = scorer.score(found, labels)
+    return Result(scores, scorer.record(found, drawn) | {"samples": path}, notes)
 
 
-def check_guidance(experiment: Experiment, settings: Sequence[Guidance], weak: bool) -> None:
+def check_guidance(experiment: Experiment, settings: Sequence[Guidance]) -> None:
     """Raises `InputError` if a setting needs a head or branch that the model does not have."""
+    weak = bool(experiment.config.guidance.weak)
     for guidance in settings:
         if experiment.spec.auxiliary_depth is None and not weak and guidance.ig_scale != 1:
             raise InputError(
@@ -336,12 +378,11 @@ class TrainingEvaluation:
     ):
         self._config = experiment.config
         self._evaluator = Evaluator.create(experiment, source, workdir, drawer)
-        check_resolution(self._evaluator.reference, picture_size(experiment, source))
         self._indices = np.arange(self._config.evaluation.train_samples)
         self._labels = sampling.labels_for(self._config, self._indices, source.class_names)
         self._noted = False
 
-    def __call__(self, params: Params, weak_params: Params | None = None) -> dict[str, float]:
+    def __call__(self, params: Params) -> dict[str, float]:
         """Returns the scores of (EMA) parameters by name, "fid" among them, on every process."""
         found = self._evaluator.sample_features(
             params,
@@ -349,10 +390,8 @@ class TrainingEvaluation:
             self._indices,
             self._labels,
             self._config.seed,
-            weak_params=weak_params,
         )
-        asked = self._labels if self._evaluator.labels_mean_something else None
-        scores, notes = self._evaluator.score(found, asked)
+        scores, notes = self._evaluator.scorer.score(found, self._labels)
         if notes and not self._noted:
             log.warning("evaluation during training: %s", "; ".join(notes))
             self._noted = True
@@ -467,7 +506,6 @@ def at_end(
     source: DataSource,
     workdir: epath.PathLike,
     drawer: sampling.Drawer | None = None,
-    weak_params: Params | None = None,
 ) -> str:
     """Evaluates freshly trained EMA weights, prints and stores the scores, and says where."""
     results = evaluate(
@@ -477,7 +515,6 @@ def at_end(
         workdir=workdir,
         step=experiment.config.train.num_steps,
         drawer=drawer,
-        weak_params=weak_params,
     )
     return report(results, workdir)
 
@@ -489,13 +526,21 @@ def run(config: ConfigDict, workdir: str) -> str:
     raises `InputError`.
     """
     experiment = Experiment.from_config(config)
-    source = experiment.open_data()
     if config.evaluation.samples:
+        source = None if config.evaluation.reference else experiment.open_data()
         return report([evaluate_files(experiment, source, workdir)], workdir)
     params, step = load_weights(experiment, workdir)
+    source = open_source(experiment, workdir)
     ema = config.sampler.ema
     results = evaluate(experiment, params, source, workdir=workdir, step=step, ema=ema)
     return report(results, workdir)
+
+
+def open_source(experiment: Experiment, workdir: str) -> DataSource:
+    """The data set, or its facts alone where a reference makes the pictures unnecessary."""
+    if experiment.config.evaluation.reference:
+        return experiment.open_facts(workdir)
+    return experiment.open_data()
 
 
 def load_weights(experiment: Experiment, workdir: epath.PathLike) -> tuple[Params, int]:

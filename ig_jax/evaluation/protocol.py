@@ -61,7 +61,7 @@ SAMPLING_FIELDS = (
 GUIDANCE_FIELDS = ("ig_scale", "ig_interval", "cfg_scale", "cfg_interval")
 
 # Fields that say where or with what code, but not how: differing there explains nothing by itself.
-_CIRCUMSTANCES = ("samples", "versions", "device")
+_CIRCUMSTANCES = ("samples", "samples_hash", "versions", "device")
 
 _NOTES: dict[str, str] = {
     "model": "another network is another number",
@@ -111,17 +111,23 @@ class Result:
 
 
 def sampling_record(
-    config: ConfigDict, guidance: Guidance, *, step: int | None, weights: str, ema: bool, seed: int
+    config: ConfigDict,
+    guidance: Guidance,
+    *,
+    step: int | None,
+    weights: str,
+    ema: bool,
+    weak: str | None = None,
 ) -> dict[str, Any]:
     """What pictures drawn with a config depend on: the `SAMPLING_FIELDS`.
 
     Args:
-        config: of the run.
+        config: of the run; its seed is the seed of noise and labels.
         guidance: scales and intervals used.
         step: training step of the weights, if known.
         weights: `weights_hash` of the parameters.
         ema: whether they are the EMA.
-        seed: of noise and labels.
+        weak: `weights_hash` of Autoguidance's network, if there is one.
     """
     model, data, s = config.model, config.data, config.sampler
     adaptive = s.name == samplers.ADAPTIVE
@@ -140,27 +146,34 @@ def sampling_record(
         "time_shift": None if adaptive else s.time_shift,
         "tolerances": [s.rtol, s.atol] if adaptive else None,
         **guidance_record(guidance),
-        "weak_model": config.guidance.weak or None,
+        "weak_model": weak,
         "labels": s.labels,
-        "seed": seed,
+        "seed": config.seed,
         "autoencoder": data.autoencoder or None,
         "autoencoder_hash": file_hash(data.autoencoder_path) if data.autoencoder_path else None,
     }
 
 
-def encode(record: Mapping[str, Any]) -> np.ndarray:
-    """A record as a 0-d text array, to store as `protocol` in a sample `.npz`."""
-    return np.asarray(json.dumps(dict(record)))
+def save_sampling(path: os.PathLike | str, record: Mapping[str, Any], count: int) -> None:
+    """Stores a `sampling_record` beside the `count` pictures that it is of."""
+    values = {"num_samples": count, "protocol": dict(record)}
+    epath.Path(path).write_text(json.dumps(values, indent=1) + "\n")
 
 
-def decode(text: str, path: os.PathLike | str) -> dict[str, Any]:
-    """Reads what `encode` stored in the file `path`; raises `InputError` for anything else."""
+def load_sampling(path: os.PathLike | str, count: int) -> dict[str, Any] | None:
+    """Reads what `save_sampling` wrote, or None if it is of another number of pictures.
+
+    Raises:
+        InputError: if the file is something else.
+    """
     try:
-        record = json.loads(text)
-        return {name: record[name] for name in SAMPLING_FIELDS}
+        values = json.loads(epath.Path(path).read_text())
+        record = {name: values["protocol"][name] for name in SAMPLING_FIELDS}
+        return record if values["num_samples"] == count else None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path}: its protocol is not one of ours, expected fields {', '.join(SAMPLING_FIELDS)}"
+            f"{path}: not the protocol of a sample set, expected JSON with num_samples and a "
+            f"protocol of {', '.join(SAMPLING_FIELDS)}"
         ) from error
 
 

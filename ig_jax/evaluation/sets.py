@@ -121,27 +121,30 @@ def open_images(path: os.PathLike | str) -> NpzImages | PngFolder:
 def stored_facts(
     path: os.PathLike | str, count: int
 ) -> tuple[np.ndarray | None, dict[str, Any] | None]:
-    """What a sample `.npz` of ours holds beside its pictures.
+    """What `--mode=sample` left beside its pictures: `labels.txt` and `protocol.json`.
+
+    Args:
+        path: the `.npz` or folder of PNGs.
+        count: how many pictures it holds; facts about another number belong to other pictures.
 
     Returns:
-        (labels, protocol): the labels asked for, (count,), and `protocol.sampling_record`'s values;
-        each None if the file does not say. Raises `InputError` if they are something else.
+        (labels, protocol): the (count,) labels asked for and the sampling record, each None if
+        there is no such file. Raises `InputError` if they are something else.
     """
-    if epath.Path(path).is_dir():
-        return None, None
-    with epath.Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
+    beside = epath.Path(path).parent
+    labels, record = None, None
+    if (beside / "labels.txt").exists():
+        lines = (beside / "labels.txt").read_text().splitlines()
         try:
-            labels = archive["labels"] if "labels" in archive.files else None
-            record = str(archive["protocol"]) if "protocol" in archive.files else None
-        except ValueError as error:
+            labels = np.asarray([int(line.split()[1]) for line in lines], np.int32)
+        except (ValueError, IndexError) as error:
             raise InputError(
-                f"{path}: labels or protocol hold pickled objects, expected numbers and text"
+                f"{beside}/labels.txt: expected lines of index, label and name ({error})"
             ) from error
-    if labels is not None and (labels.shape != (count,) or labels.dtype.kind not in "iu"):
-        raise InputError(
-            f"{path}: labels are {labels.dtype} {labels.shape}, expected integers ({count},)"
-        )
-    return labels, None if record is None else protocol.decode(record, path)
+        labels = labels if len(labels) == count else None
+    if (beside / "protocol.json").exists():
+        record = protocol.load_sampling(beside / "protocol.json", count)
+    return labels, record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,7 +358,7 @@ class DataImages:
 
 
 def open_reference(
-    path: str, extractor: FeatureExtractor, data: DataImages, cache: epath.PathLike | None
+    path: str, extractor: FeatureExtractor, data: DataImages | None, cache: epath.PathLike | None
 ) -> ReferenceStatistics:
     """What samples are compared with; whatever had to be computed is cached.
 
@@ -363,7 +366,7 @@ def open_reference(
         path: ADM's reference `.npz`, statistics of ours, an `.npz` or folder of pictures, or empty
             for the data set.
         extractor: of the features.
-        data: the data set.
+        data: the data set; not needed with a path.
         cache: folder of cached statistics, or None to keep nothing.
 
     Returns:

@@ -93,8 +93,11 @@ def time_frequencies(t: jax.Array, count: int = 256, scale: float = 10000.0) -> 
 
 def _attention_backend(dtype: jnp.dtype, head_width: int) -> str:
     """cuDNN's fused kernel where it applies (GPU, 16-bit, head width a multiple of 8), else XLA."""
+    # The mesh being compiled for, if any, may be of other devices than this machine's.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = jax.default_backend() if device is None else device.platform
     fused = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
-    return "cudnn" if fused and jax.default_backend() == "gpu" else "xla"
+    return "cudnn" if fused and platform == "gpu" else "xla"
 
 
 class Attention(nnx.Module):

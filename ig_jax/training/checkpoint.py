@@ -16,10 +16,11 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from ig_jax import config as config_lib
+from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.training.state import TrainState
 
-ITEMS = ("params", "ema", "optimizer", "config", "data")
+ITEMS = ("params", "ema", "optimizer", "config", "data", "source")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +106,18 @@ class Checkpoints:
         config: ConfigDict,
         data: dict[str, Any],
         metrics: dict[str, float] | None = None,
+        source: dict[str, Any] | None = None,
     ) -> None:
-        """Starts writing a checkpoint in the background; `wait` ends it. Repeats are ignored."""
+        """Starts writing a checkpoint in the background; `wait` ends it. Repeats are ignored.
+
+        Args:
+            state: the training state.
+            step: its step.
+            config: the config that made it.
+            data: the data iterator's state.
+            metrics: what decides on the best checkpoint.
+            source: `DataSource.facts`, so that sampling needs no data set.
+        """
         if step in self._manager.all_steps():
             return
         self._manager.save(
@@ -117,6 +128,7 @@ class Checkpoints:
                 optimizer=ocp.args.StandardSave(state.optimizer),
                 config=ocp.args.JsonSave(config_lib.to_json(config)),
                 data=ocp.args.JsonSave(data),
+                source=ocp.args.JsonSave(source or {}),
             ),
             metrics=metrics,
         )
@@ -158,18 +170,27 @@ class Checkpoints:
 
 
 def saved_config(workdir: str) -> ConfigDict:
-    """The config of a workdir's last checkpoint; raises `InputError` if there is no checkpoint.
+    """The config of a workdir's last checkpoint; raises `InputError` if there is no checkpoint."""
+    return config_lib.from_json(_saved_json(workdir, "config"))
 
-    Reads Orbax's JSON item itself: an Orbax manager would start JAX's devices, which must wait
-    until the processes of a run have found each other.
+
+def saved_source(workdir: str) -> DataSource | None:
+    """What a workdir's last checkpoint says of the data set; None if it was converted."""
+    facts = _saved_json(workdir, "source")
+    return DataSource.from_facts(facts) if facts else None
+
+
+def _saved_json(workdir: str, item: str) -> dict[str, Any]:
+    """Reads a JSON item of the last checkpoint without Orbax.
+
+    An Orbax manager would start JAX's devices, which must wait until the processes of a run have
+    found each other.
     """
     directory = epath.Path(workdir) / "checkpoints"
-    steps = (
-        [int(p.name) for p in directory.iterdir() if p.name.isdigit()] if directory.exists() else []
-    )
+    names = [p.name for p in directory.iterdir()] if directory.exists() else []
+    steps = [int(name) for name in names if name.isdigit()]
     if not steps:
         raise InputError(
             f"no checkpoint in {directory}: expected a workdir that --mode=train wrote"
         )
-    item = directory / str(max(steps)) / "config" / "metadata"
-    return config_lib.from_json(json.loads(item.read_text()))
+    return json.loads((directory / str(max(steps)) / item / "metadata").read_text())

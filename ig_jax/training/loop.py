@@ -33,7 +33,7 @@ from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import sharding
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.training.checkpoint import Checkpoints, saved_config
 from ig_jax.training.processes import is_primary
 
 VALIDATION_TIMES = 16
@@ -162,9 +162,58 @@ def open_batches(
         num_workers=config.data.num_workers,
         flip=config.data.flip,
     )
-    if data_state is not None:
+    if data_state:  # empty in workdirs that were converted from PyTorch
         iterator.set_state(data_state)
     return pipeline.DevicePrefetch(iterator, sharding.batch_sharding(mesh))
+
+
+def initial_network(experiment: Experiment) -> Experiment:
+    """The experiment of the workdir `config.train.init_from`, to start training from.
+
+    Raises `InputError` if its architecture differs from this one in anything but that it has no
+    auxiliary head.
+    """
+    workdir = experiment.config.train.init_from
+    there = Experiment.from_config(saved_config(workdir))
+    comparable = there.spec
+    if there.spec.auxiliary_depth is None:
+        comparable = dataclasses.replace(
+            there.spec,
+            auxiliary_depth=experiment.spec.auxiliary_depth,
+            zero_auxiliary=experiment.spec.zero_auxiliary,
+        )
+    for field in dataclasses.fields(comparable):
+        found, expected = (getattr(s, field.name) for s in (comparable, experiment.spec))
+        if found != expected:
+            raise InputError(
+                f"config.train.init_from is {workdir!r}, whose network has {field.name} {found}: "
+                f"this config has {expected}"
+            )
+    return there
+
+
+def initial_weights(experiment: Experiment, fresh: Params) -> Params:
+    """The EMA weights of the workdir `config.train.init_from`, placed on this run's mesh.
+
+    A network there without an auxiliary head gets the fresh one of this run: that is how internal
+    guidance is added to a model that was trained without it.
+
+    Args:
+        experiment: of this run.
+        fresh: this run's newly initialised parameters.
+
+    Returns:
+        Parameters of this run's architecture. Raises `InputError` as `initial_network` does.
+    """
+    there = initial_network(experiment)
+    checkpoints = Checkpoints(experiment.config.train.init_from, read_only=True)
+    params = checkpoints.weights(there.abstract_params())
+    checkpoints.close()
+    if there.spec.auxiliary_depth != experiment.spec.auxiliary_depth:
+        from ig_jax.convert.pytorch import add_auxiliary_head_params
+
+        params = add_auxiliary_head_params(params, fresh)
+    return jax.device_put(params, sharding.state_sharding(experiment.mesh, params))
 
 
 class Trainer:
@@ -175,6 +224,10 @@ class Trainer:
         self.workdir = epath.Path(workdir)
         self.experiment = Experiment.from_config(config)
         self.source = self.experiment.open_data()
+        # Also where no pictures are due: a missing autoencoder shows now and not at the end.
+        self.to_images = (
+            make_to_images(self.experiment, self.source) if config.train.sample_every else None
+        )
         self.programs = make_programs(self.experiment, self.source)
         self.mesh = self.experiment.mesh
         self.key = jax.random.key(config.seed)
@@ -185,6 +238,8 @@ class Trainer:
     def _check_workdir(self) -> None:
         """Refuses a workdir whose checkpoints another config made, before anything is written."""
         if not (self.workdir / "checkpoints").exists():
+            if self.config.train.init_from:
+                initial_network(self.experiment)
             return
         checkpoints = Checkpoints(str(self.workdir), read_only=True)
         if checkpoints.steps():
@@ -200,7 +255,11 @@ class Trainer:
         if checkpoints.steps():
             restored = checkpoints.restore(self.programs.shapes)
             return restored.state, restored.data
-        return self.programs.init(jax.random.fold_in(self.key, 1)), None
+        state = self.programs.init(jax.random.fold_in(self.key, 1))
+        if self.config.train.init_from:
+            params = initial_weights(self.experiment, state.params)
+            state = state.replace(params=params, ema=jax.tree.map(jnp.array, params))
+        return state, None
 
     def _validation_loss(self, params: Params) -> float:
         place = functools.partial(
@@ -225,7 +284,7 @@ class Trainer:
         guidance = config_lib.guidance(self.config)
         x = self.drawer.draw(params, guidance, self.config.seed, indices, labels)
         if is_primary():
-            images = make_to_images(self.experiment, self.source)(x)
+            images = self.to_images(x)
             names = [self.source.class_names[i] if self.spec_classes else "" for i in labels]
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             path = self.workdir / "samples" / f"step_{step:07d}.png"
@@ -338,7 +397,9 @@ class Trainer:
             if train.sample_every and (step % train.sample_every == 0 or last):
                 self._sample_grid(state.ema, step)
             if saving:
-                checkpoints.save(state, step, self.config, batches.state, metrics)
+                checkpoints.save(
+                    state, step, self.config, batches.state, metrics, self.source.facts()
+                )
             if stopping and not last:
                 checkpoints.close()
                 raise Stopped(step)

@@ -6,6 +6,7 @@ networks mentions devices: `network` runs one on each device's rows and gathers 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,14 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
         return NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh.shape["fsdp"]))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or shape structs, with shardings."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -111,3 +111,12 @@ def test_random_losses_depend_on_the_key_alone():
     np.testing.assert_array_equal(first.total, again.total)
     assert not np.array_equal(first.total, run(jax.random.key(2)).total)
     assert not np.array_equal(first.total, run(jax.random.key(1), times="lognormal").total)
+
+
+def test_cosine_has_a_gradient_at_zero():
+    """The final head starts at zero, and so does its output."""
+    target = jax.random.normal(jax.random.key(0), (2, 2, 2, 3))
+    gradient = jax.grad(lambda x: loss.cosine_distance(x, target).sum())(jnp.zeros_like(target))
+    assert np.isfinite(gradient).all()
+    # It points towards the target.
+    assert float((gradient * target).sum()) < 0

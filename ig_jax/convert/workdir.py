@@ -1,0 +1,122 @@
+"""Models into workdirs and out of them, so that converted weights are sampled from, evaluated and
+trained on like those of our own runs, and our own runs are saved for PyTorch."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax.errors import InputError
+from ig_jax.models import dit, functional, sizes
+from ig_jax.models.autoencoder import AUTOENCODERS
+from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.training import optimizer as optimizer_lib
+from ig_jax.training import state as state_lib
+from ig_jax.training.checkpoint import Checkpoints, saved_config
+
+# What config.model calls otherwise than `DiTSpec`.
+_RENAMED = {"adaln_shift": "shift"}
+_SIZE = ("depth", "width", "heads")
+
+
+def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
+    """Returns the published recipe of a network's family, with `config.model` describing `spec`.
+
+    Args:
+        spec: the architecture.
+        data: `config.data.name`.
+
+    Raises:
+        InputError: if no config describes the architecture, or for an unknown data set.
+    """
+    published = {size[:3]: name for name, size in sizes.SIZES.items()}
+    size = published.get((spec.depth, spec.width, spec.heads))
+    config = config_lib.default_config(spec.family, size or "xl")
+    config.data.name = data
+    for name in config.model:
+        field = _RENAMED.get(name, name)
+        if hasattr(spec, field) and not (size and field in _SIZE):
+            # No auxiliary head is None in a spec and 0 in a config, which has no None.
+            config.model[name] = getattr(spec, field) or type(config.model[name])(0)
+    autoencoder = AUTOENCODERS[config.data.autoencoder].spec
+    if spec.channels == autoencoder.latent_channels:
+        config.data.image_size = spec.input_size * autoencoder.downsampling
+    else:
+        config.data.update(autoencoder="", image_size=spec.input_size)
+    config_lib.validate(config)
+    described = config_lib.model_spec(config)
+    for field in dataclasses.fields(spec):
+        found, expected = getattr(spec, field.name), getattr(described, field.name)
+        if found != expected:
+            raise InputError(
+                f"no config describes this {spec.family}: it has {field.name} {found!r}, "
+                f"expected {expected!r}"
+            )
+    return config
+
+
+def check_empty(workdir: str) -> None:
+    """Raises `InputError` if a workdir holds checkpoints already."""
+    directory = epath.Path(workdir) / "checkpoints"
+    if directory.exists() and any(directory.iterdir()):
+        raise InputError(f"{directory} holds checkpoints already: expected a new workdir")
+
+
+def save_workdir(model: DiT, workdir: str, data: str = "latents") -> ConfigDict:
+    """Writes a workdir that `--mode=sample`, `evaluate` and `train` start from.
+
+    It is that of a run at step 0 with these weights, for parameters and EMA alike: its config is
+    `config_for`'s, its optimiser state is fresh, and its data iterator has no state.
+
+    Args:
+        model: from `from_pytorch`, for example.
+        workdir: local or `gs://` directory without checkpoints.
+        data: `config.data.name`; like any field it can be overridden when the workdir is used.
+
+    Returns:
+        The config. Raises `InputError`, as `config_for` and `check_empty`, before it writes.
+    """
+    check_empty(workdir)
+    config = config_for(model.spec, data)
+    _, params = functional.split(model)
+    transform = optimizer_lib.make_optimizer(config_lib.optimizer_options(config), params)
+    shapes = jax.eval_shape(functools.partial(state_lib.create, transform=transform), params)
+    # Every rule's state starts at zero, and zeros that are never written take no memory.
+    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.optimizer)
+    state = state_lib.TrainState(np.int32(0), params, params, fresh)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save(state, 0, config, data={})
+    checkpoints.close()
+    return config
+
+
+def load_workdir(workdir: str, which: int | str = "last", ema: bool = True) -> DiT:
+    """Loads the network of a workdir, in float32 and on the CPU.
+
+    Args:
+        workdir: a directory that `--mode=train` or `save_workdir` wrote.
+        which: "last", "best" (smallest validation loss), or a step.
+        ema: whether to load the EMA weights or the raw ones.
+
+    Returns:
+        A model ready to call. Raises `InputError` if there is no such checkpoint.
+    """
+    saved_config(workdir)  # refuses a directory without checkpoints, where Orbax would make one
+    checkpoints = Checkpoints(workdir, read_only=True)
+    config = checkpoints.config(which)
+    config_lib.validate(config)
+    graphdef, shapes = functional.split(dit.abstract(config_lib.model_spec(config)))
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes
+    )
+    params = checkpoints.weights(shapes, which, ema)
+    checkpoints.close()
+    return functional.merge(graphdef, params)

@@ -1,0 +1,359 @@
+"""Labelled images from a folder or from TFDS, cropped as ADM crops them, and data sets of them.
+
+Rules for irregular images: whatever Pillow decodes becomes 8-bit RGB (greyscale, palette, CMYK, 16
+bit; transparency and EXIF orientation are ignored, as in ADM), smaller ones are enlarged to the
+target, and one that cannot be decoded, or is over 50 times longer than wide, is skipped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import re
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ig_jax.data.source import DataSource, Example, hold_out
+from ig_jax.errors import InputError, suggest
+
+# Beyond it an image has no middle worth cutting out, and scaling it would take gigabytes.
+MAX_ASPECT = 50
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+log = logging.getLogger("ig_jax")
+
+
+class UnreadableImage(Exception):
+    """A file that is no image, or a damaged one; the message says why."""
+
+
+class Images(Protocol):
+    """Encoded, labelled images by index."""
+
+    class_names: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """The encoded file and its label."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values that tell this set of images from another one."""
+        ...
+
+
+class ImageFolder:
+    """Files `class/name.jpg`; classes and files in alphabetical order.
+
+    Args:
+        path: a local folder with a folder for each class.
+
+    Raises:
+        InputError: no such folder, or no images in it.
+    """
+
+    def __init__(self, path: str):
+        if not os.path.isdir(path):
+            raise InputError(f"{path}: no such folder, expected images as class/name.jpg")
+        self._path = path
+        found = {entry.name: _files(entry.path) for entry in os.scandir(path) if entry.is_dir()}
+        classes = sorted(name for name, files in found.items() if files)
+        if not classes:
+            inside = ", ".join(sorted(os.listdir(path))[:3]) or "nothing"
+            raise InputError(
+                f"{path}: found {inside}, expected a folder for each class with images in it "
+                f"(class/name.jpg, one of {' '.join(SUFFIXES)})"
+            )
+        self._folders = classes
+        self.class_names = readable_names(classes)
+        # Byte strings in one array: a list of a million objects would be copied into every worker.
+        self._names = np.array([os.fsencode(f) for c in classes for f in found[c]])
+        self._labels = np.repeat(np.arange(len(classes)), [len(found[c]) for c in classes])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        with open(os.path.join(self._path, self.name(index)), "rb") as file:
+            return file.read(), int(self._labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self._folders[self._labels[index]]}/{os.fsdecode(self._names[index])}"
+
+    def describe(self) -> dict[str, Any]:
+        import hashlib
+
+        digest = hashlib.sha256(b"\n".join([*map(os.fsencode, self._folders), *self._names]))
+        return {"kind": "folder", "count": len(self), "names_sha256": digest.hexdigest()}
+
+
+def _files(folder: str) -> list[str]:
+    return sorted(
+        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
+    )
+
+
+class TfdsImages:
+    """A split of a TFDS image classification data set, read by random access.
+
+    Args:
+        name: e.g. "imagenet2012" or "cifar10:3.0.2".
+        split: e.g. "train" or "train[:1%]".
+        data_dir: TFDS' data directory; its default if empty.
+
+    Raises:
+        InputError: an unknown set or split, one not prepared with random access, or one without
+            the features "image" and "label".
+    """
+
+    def __init__(self, name: str, split: str = "train", data_dir: str = ""):
+        import tensorflow_datasets as tfds
+
+        self._name, self._split = name, split
+        info = _tfds_builder(name, data_dir).info
+        features = info.features
+        if not {"image", "label"} <= set(features):
+            raise InputError(
+                f"TFDS {name} has features {', '.join(features)}: expected image and label"
+            )
+        self.class_names = readable_names(features["label"].names)
+        # Pillow decodes the files, so that every source gives the same pixels and the same errors.
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        try:
+            self._source = _tfds_builder(name, data_dir).as_data_source(split, decoders=decoders)
+        except NotImplementedError as error:
+            raise InputError(
+                f"TFDS {name} in {info.data_dir} is stored as {info.file_format.value}, expected "
+                f"array_record (random access): tfds convert_format "
+                f"--dataset_version_dir={info.data_dir} --out_file_format=array_record"
+            ) from error
+        except ValueError as error:
+            known = tuple(info.splits)
+            raise InputError(
+                f"TFDS {name} has no split {split!r}: expected one of {', '.join(known)}"
+                f"{suggest(split, known)}"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        example = self._source[index]
+        label = int(example["label"])
+        if label < 0:
+            raise InputError(f"{self.name(index)} has no label: expected a labelled split")
+        return bytes(example["image"]), label
+
+    def name(self, index: int) -> str:
+        return f"{self._name} {self._split}[{index}]"
+
+    def describe(self) -> dict[str, Any]:
+        info = self._source.dataset_info
+        return {
+            "kind": "tfds",
+            "count": len(self),
+            "name": str(info.full_name),
+            "split": self._split,
+        }
+
+
+def _tfds_builder(name: str, data_dir: str) -> Any:
+    """The builder of a prepared TFDS set; raises `InputError` with the command that prepares it."""
+    import tensorflow_datasets as tfds
+
+    where = f" --data_dir={data_dir}" if data_dir else ""
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
+        known = tuple(tfds.list_builders(with_community_datasets=False))
+        raise InputError(
+            f"TFDS has no data set {name!r}: expected one of its names or one prepared in "
+            f"{data_dir or 'its default data directory'}{suggest(name, known)}"
+        ) from error
+    except (ValueError, AssertionError) as error:
+        raise InputError(f"TFDS {name!r}: {str(error).splitlines()[0]}") from error
+    if not builder.info.splits:
+        raise InputError(
+            f"TFDS {name} is not in {builder.data_dir}: expected a prepared data set "
+            f"(tfds build {name} --file_format=array_record{where})"
+        )
+    return builder
+
+
+def open_images(images: str, data_dir: str = "") -> Images:
+    """Opens what `config.data.images` names.
+
+    Args:
+        images: a folder of `class/name.jpg`, or "tfds:NAME" or "tfds:NAME/SPLIT"-style
+            "tfds:imagenet2012@validation"; the split is "train" unless given after "@".
+        data_dir: TFDS' data directory.
+
+    Returns:
+        The images; raises `InputError` as `ImageFolder` and `TfdsImages` do.
+    """
+    if images.startswith("tfds:"):
+        name, _, split = images.removeprefix("tfds:").partition("@")
+        return TfdsImages(name, split or "train", data_dir)
+    if not images:
+        raise InputError(
+            "config.data.images is empty: expected a folder of class/name.jpg, or tfds:imagenet2012"
+        )
+    return ImageFolder(images)
+
+
+def readable_names(names: Any) -> tuple[str, ...]:
+    """Class names for people: ImageNet's 1,000 WordNet ids become words, others stay.
+
+    ImageNet's labels are its ids in alphabetical order, everywhere.
+    """
+    names = tuple(names)
+    ids = len(names) == 1000 and all(re.fullmatch(r"n\d{8}", name) for name in names)
+    return imagenet_names() if ids else names
+
+
+def imagenet_names() -> tuple[str, ...]:
+    """ImageNet's 1,000 classes in label order, in the words that TFDS carries for SI-Score."""
+    from tensorflow_datasets.datasets.siscore import labels
+
+    return tuple(labels.IMAGENET_LABELS_LIST)
+
+
+# From an encoded file to pixels.
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A decoded image and what had to be done to it.
+
+    Attributes:
+        pixels: (size, size, 3) uint8.
+        converted: the mode it had, where that was not RGB ("L", "CMYK", …), else "".
+        enlarged: its short side was below `size`.
+    """
+
+    pixels: np.ndarray
+    converted: str
+    enlarged: bool
+
+
+def decode(data: bytes, size: int) -> Picture:
+    """Decodes a file to RGB and crops it; raises `UnreadableImage`."""
+    try:
+        image = Image.open(io.BytesIO(data))
+        mode = image.mode
+        rgb = to_rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
+        # Pillow's message for an unknown format names the buffer, not the problem.
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        raise UnreadableImage("not an image" if unknown else str(error)) from error
+    if max(rgb.size) > MAX_ASPECT * min(rgb.size):
+        raise UnreadableImage(f"{rgb.width}×{rgb.height}, a side over {MAX_ASPECT} times the other")
+    pixels = center_crop(rgb, size)
+    return Picture(pixels, mode if mode != "RGB" else "", min(rgb.size) < size)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Turns any Pillow mode into 8-bit RGB; 16-bit greyscale keeps its upper 8 bits."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")  # decodes, so a truncated file fails here
+
+
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's centre crop (Dhariwal & Nichol 2021, guided-diffusion `center_crop_arr`).
+
+    Halves with a box filter while the short side is at least twice `size`, scales the short side to
+    `size` with a bicubic filter (up as well as down), and cuts out the middle.
+
+    Args:
+        image: RGB, of any size.
+        size: side of the result.
+
+    Returns:
+        (size, size, 3) uint8.
+    """
+    while min(image.size) >= 2 * size:
+        halved = tuple(side // 2 for side in image.size)
+        image = image.resize(halved, resample=Image.Resampling.BOX)
+    scale = size / min(image.size)
+    scaled = tuple(round(side * scale) for side in image.size)
+    image = image.resize(scaled, resample=Image.Resampling.BICUBIC)
+    top, left = (image.height - size) // 2, (image.width - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+# Training on pixels.
+
+
+class PixelSource:
+    """Decoded images as examples: "x" (size, size, 3) uint8 and "label".
+
+    Training must not stop at a damaged file, so the next readable image takes its place, which is
+    logged with the file's name.
+    """
+
+    def __init__(self, images: Images, size: int):
+        self._images = images
+        self._size = size
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Example:
+        for offset in range(len(self)):
+            i = (index + offset) % len(self)
+            data, label = self._images[i]
+            try:
+                picture = decode(data, self._size)
+            except UnreadableImage as error:
+                log.warning("%s: %s; the next image is used instead", self._images.name(i), error)
+                continue
+            return {"x": picture.pixels, "label": np.int32(label)}
+        raise InputError("not one of the images can be decoded")
+
+
+def open_pixels(images: Images, image_size: int, num_validation: int = 0) -> DataSource:
+    """Opens images as a data set of pixels.
+
+    Args:
+        images: a folder's or TFDS'.
+        image_size: side after ADM's centre crop.
+        num_validation: number of images to hold out.
+
+    Returns:
+        A `DataSource` of shape (image_size, image_size, 3), whose uint8 "x" `model_input` maps to
+        [−1, 1]; shift 0, scale 1. Raises `InputError`.
+    """
+    train, validation = hold_out(PixelSource(images, image_size), num_validation)
+    return DataSource(
+        train=train,
+        validation=validation,
+        shape=(image_size, image_size, 3),
+        num_classes=len(images.class_names),
+        class_names=images.class_names,
+        shift=np.zeros(1, np.float32),
+        scale=np.ones(1, np.float32),
+        autoencoder=None,
+    )
+
+
+def open_folder(path: str, image_size: int, num_validation: int = 0) -> DataSource:
+    """Opens a folder of `class/name.jpg` for training on pixels; see `open_pixels`."""
+    return open_pixels(ImageFolder(path), image_size, num_validation)
+
+
+def open_tfds(
+    name: str, image_size: int, num_validation: int = 0, split: str = "train", data_dir: str = ""
+) -> DataSource:
+    """Opens a split of a TFDS set for training on pixels; see `TfdsImages` and `open_pixels`."""
+    return open_pixels(TfdsImages(name, split, data_dir), image_size, num_validation)

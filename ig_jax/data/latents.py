@@ -1,0 +1,533 @@
+"""Latents encoded ahead of training, read from any of three layouts behind one `DataSource`.
+
+They are this package's ArrayRecord shards, the `.npy` files of SiT, REPA and EDM2, and the
+safetensors shards of LightningDiT.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import logging
+import os
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ig_jax.convert import files
+from ig_jax.data import images, shards
+from ig_jax.data.source import DataSource, Example, RandomAccess, hold_out
+from ig_jax.errors import InputError, suggest
+from ig_jax.models.autoencoder import AUTOENCODERS
+
+# Examples that per-channel statistics are computed from where a layout brings none; LightningDiT's
+# own code takes as many.
+STATISTICS_EXAMPLES = 10_000
+
+log = logging.getLogger("ig_jax")
+
+
+def open_latents(
+    path: str,
+    *,
+    autoencoder: str | None = None,
+    expected_shape: tuple[int, int, int] | None = None,
+    num_classes: int | None = None,
+    num_validation: int = 0,
+    skip_damaged: bool = False,
+) -> DataSource:
+    """Opens prepared latents; the layout is recognised by its files.
+
+    Args:
+        path: a directory of our shards (`index.json`), of the SiT/REPA/EDM2 layout (`dataset.json`
+            and `00000/img-latents-*.npy`, or `vae-sd` with them inside), or of LightningDiT's
+            (`latents_rank*_shard*.safetensors`, `latents_stats.pt`).
+        autoencoder: the one the latents must be of. Only our shards record theirs; of the others
+            this is taken to be true (default for 4 channels: "sd-vae-ft-ema").
+        expected_shape: (H, W, C) that the model needs.
+        num_classes: that the model has, for the layouts that do not record it (default: the
+            largest label plus one).
+        num_validation: number of examples to hold out, the same for all layouts.
+        skip_damaged: leave damaged shards out, with a warning that names them, instead of raising.
+
+    Returns:
+        A `DataSource`. Our shards and `.npy` files hold posteriors ("mean", "std"), LightningDiT's
+        hold samples ("x"), with "_flip" twins where stored.
+
+    Raises:
+        InputError: nothing there (says how to prepare it), latents of another autoencoder or size,
+            missing labels, damaged files (named).
+    """
+    if not path:
+        raise _no_data(path, "it is empty")
+    path = shards.require_local(path)
+    if not os.path.isdir(path):
+        raise _no_data(path, "there is no such directory")
+    if any(os.path.exists(os.path.join(path, n)) for n in (shards.INDEX, shards.PLAN)):
+        opened = _open_shards(path, autoencoder, skip_damaged)
+    elif folder := _npy_folder(path):
+        opened = _open_npy(folder, autoencoder, num_classes)
+    elif names := _safetensors_names(path):
+        opened = _open_safetensors(path, names, autoencoder, num_classes, skip_damaged)
+    else:
+        inside = ", ".join(sorted(os.listdir(path))[:3]) or "nothing"
+        raise _no_data(path, f"it holds {inside}")
+    source, values = opened
+    _check_fit(path, values, autoencoder, expected_shape)
+    train, validation = hold_out(source, num_validation)
+    return DataSource(train=train, validation=validation, **values)
+
+
+def _no_data(path: str, found: str) -> InputError:
+    return InputError(
+        f"config.data.path is {path!r}: {found}, expected prepared latents. Prepare them with "
+        "`python -m ig_jax.main --mode=prepare --config=… --config.data.images=/path/to/imagenet "
+        "--config.data.path=/path/to/latents`, or train without any data: "
+        "`python -m ig_jax.main --config=configs/digits_ig.py --workdir=…`"
+    )
+
+
+def _check_fit(
+    path: str,
+    values: Mapping[str, Any],
+    autoencoder: str | None,
+    expected_shape: tuple[int, int, int] | None,
+) -> None:
+    """Refuses latents of another autoencoder or size than the config's."""
+    found = values["autoencoder"]
+    if autoencoder and found != autoencoder:
+        raise InputError(
+            f"{path}: holds latents of {found}, expected {autoencoder} (config.data.autoencoder)"
+        )
+    shape = values["shape"]
+    published = AUTOENCODERS.get(found)
+    if published is not None and published.spec.latent_channels != shape[-1]:
+        raise InputError(
+            f"{path}: holds latents of {shape[-1]} channels, expected "
+            f"{published.spec.latent_channels}, as {found} has (config.data.autoencoder)"
+        )
+    if expected_shape is not None and shape != tuple(expected_shape):
+        factor = 1 if published is None else published.spec.downsampling
+        size = f", of {shape[0] * factor}-pixel images" if published is not None else ""
+        raise InputError(
+            f"{path}: holds latents of shape {shape}{size}, expected {tuple(expected_shape)} "
+            "(config.model.input_size and channels)"
+        )
+
+
+def _normalisation(
+    autoencoder: str | None, mean: Sequence[float], std: Sequence[float]
+) -> dict[str, np.ndarray]:
+    """Published shift and scale of an autoencoder if it has them, else per-channel statistics."""
+    published = AUTOENCODERS.get(autoencoder)
+    if published is not None and published.shift is not None:
+        mean, std = [published.shift], [published.scale]
+    return {"shift": np.asarray(mean, np.float32), "scale": np.asarray(std, np.float32)}
+
+
+def _sampled_statistics(source: RandomAccess) -> tuple[np.ndarray, np.ndarray]:
+    """Per-channel mean and std of the latents, from evenly spaced examples."""
+    indices = np.unique(np.linspace(0, len(source) - 1, STATISTICS_EXAMPLES).astype(int))
+    log.info("computing the statistics of %d latents", len(indices))
+    sums = np.zeros(3)
+    for i in indices:
+        example = source[int(i)]
+        x = np.asarray(example.get("mean", example.get("x")), np.float64)
+        std = np.asarray(example.get("std", 0.0), np.float64) + np.zeros_like(x)
+        sums = sums + np.stack([a.mean(axis=(0, 1)) for a in (x, x**2, std**2)], axis=-1)
+    mean, squared, variance = np.moveaxis(sums / len(indices), -1, 0)
+    return mean, np.sqrt(np.maximum(squared - mean**2 + variance, 1e-12))
+
+
+def _classes(where: str, labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
+    """Number and names of classes, for the layouts without names."""
+    count = int(labels.max()) + 1
+    if num_classes:
+        if count > num_classes:
+            raise InputError(
+                f"{where}: found label {count - 1}, expected labels below {num_classes} "
+                "(config.model.num_classes)"
+            )
+        count = num_classes
+    if labels.min() < 0:
+        raise InputError(f"{where}: found label {labels.min()}, expected labels from 0 on")
+    return {"num_classes": count, "class_names": class_names(count)}
+
+
+def class_names(num_classes: int) -> tuple[str, ...]:
+    """Names where none are recorded: ImageNet's words for 1,000 classes, else numbers."""
+    if num_classes == 1000:
+        return images.imagenet_names()
+    return tuple(str(i) for i in range(num_classes))
+
+
+def resolve_classes(wanted: str | Sequence[int | str], names: Sequence[str]) -> list[int]:
+    """Class numbers from numbers and names.
+
+    Args:
+        wanted: e.g. "207, golden retriever" or [207, "golden retriever"].
+        names: of the classes in label order; each may be several, separated by ", ". A name is
+            matched whole or by one of its parts, whatever its case.
+
+    Returns:
+        Labels in the order of `wanted`.
+
+    Raises:
+        InputError: a number out of range, or an unknown name (suggests close ones).
+    """
+    known: dict[str, int] = {}
+    for label, name in enumerate(names):
+        for part in (name, *name.split(",")):
+            known.setdefault(part.strip().lower(), label)
+    found = []
+    parts = wanted.split(",") if isinstance(wanted, str) else wanted
+    for part in (str(part).strip() for part in parts):
+        # A data set's own names come first: the digits' names are numbers.
+        label = known.get(part.lower())
+        if label is None and re.fullmatch(r"-?\d+", part):
+            label = int(part)
+            if not 0 <= label < len(names):
+                raise InputError(f"class {label} does not exist: expected 0…{len(names) - 1}")
+        if label is None:
+            raise InputError(
+                f"class {part!r} does not exist: expected a number 0…{len(names) - 1} or a name"
+                f"{suggest(part.lower(), tuple(known))}"
+            )
+        found.append(label)
+    if not found:
+        raise InputError("no class named: expected class numbers or names, separated by commas")
+    return found
+
+
+Opened = tuple[RandomAccess, dict[str, Any]]
+
+
+# Our shards.
+
+
+def _open_shards(path: str, autoencoder: str | None, skip_damaged: bool) -> Opened:
+    index = shards.read_index(path)
+    problems = shards.damaged_shards(path, index["shards"])
+    _report_damage(path, problems, len(index["shards"]), skip_damaged, "run --mode=prepare again")
+    whole = [shard for shard in index["shards"] if shard["file"] not in problems]
+    names = tuple(index["class_names"])
+    statistics = index["statistics"]
+    return shards.ShardSource(path, index, whole), {
+        "shape": tuple(index["shape"]),
+        "num_classes": len(names),
+        "class_names": names,
+        "autoencoder": index["autoencoder"],
+        **_normalisation(index["autoencoder"], statistics["mean"], statistics["std"]),
+    }
+
+
+def _report_damage(
+    path: str, problems: Mapping[str, str], total: int, skip: bool, remedy: str
+) -> None:
+    """Names damaged shards: in a warning if they are to be skipped, else in an error."""
+    if not problems:
+        return
+    file, problem = next(iter(problems.items()))
+    others = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    message = f"{os.path.join(path, file)}: {problem}{others}"
+    if skip and len(problems) < total:
+        log.warning("%s; left out, %d of %d shards are read", message, total - len(problems), total)
+        return
+    raise InputError(
+        f"{message}; the other {total - len(problems)} of {total} shards are whole: {remedy} to "
+        "replace it"
+    )
+
+
+# SiT, REPA and EDM2: one .npy file an image, (2·C, H, W) float32, the mean and then the std.
+
+
+_LABELS = '{"labels": [["00000/img-latents-00000000.npy", 12], …]}'
+
+
+class NpySource:
+    """Posteriors in `.npy` files.
+
+    Args:
+        folder: that holds `dataset.json`.
+        names: (N,) bytes, relative paths.
+        labels: (N,) int32.
+    """
+
+    def __init__(self, folder: str, names: np.ndarray, labels: np.ndarray):
+        self._folder, self._names, self._labels = folder, names, labels
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Example:
+        file = os.path.join(self._folder, os.fsdecode(self._names[index]))
+        try:
+            moments = np.load(file)
+        except (OSError, ValueError, EOFError) as error:
+            raise InputError(f"{file}: missing, damaged or not a NumPy file ({error})") from error
+        if moments.ndim != 3 or len(moments) % 2:
+            raise InputError(
+                f"{file}: found shape {moments.shape}, expected (2·C, H, W), mean and then std"
+            )
+        mean, std = np.split(np.moveaxis(moments, 0, -1).astype(np.float32, copy=False), 2, axis=-1)
+        return {"mean": mean, "std": std, "label": self._labels[index]}
+
+
+def _npy_folder(path: str) -> str | None:
+    """The directory with `dataset.json`, or with latents that miss it."""
+    for folder in (path, os.path.join(path, "vae-sd")):
+        if os.path.exists(os.path.join(folder, "dataset.json")):
+            return folder
+        if os.path.isdir(os.path.join(folder, "00000")):
+            raise InputError(
+                f"{folder}/dataset.json: no such file, expected the labels of the latents beside it"
+            )
+    return None
+
+
+def _open_npy(folder: str, autoencoder: str | None, num_classes: int | None) -> Opened:
+    where = os.path.join(folder, "dataset.json")
+    names, labels = _npy_labels(where, _npy_names(folder))
+    source = NpySource(folder, names, labels)
+    shape = source[0]["mean"].shape
+    if autoencoder is None and shape[-1] == 4:
+        autoencoder = "sd-vae-ft-ema"
+    published = AUTOENCODERS.get(autoencoder)
+    known = published is not None and published.shift is not None
+    mean, std = ([0.0], [1.0]) if known else _sampled_statistics(source)
+    return source, {
+        "shape": shape,
+        "autoencoder": autoencoder,
+        **_classes(where, labels, num_classes),
+        **_normalisation(autoencoder, mean, std),
+    }
+
+
+def _npy_names(folder: str) -> list[str]:
+    """Relative paths of all `.npy` files, sorted: the order of REPA's and EDM2's loaders."""
+    names = []
+    for directory, _, found in os.walk(folder):
+        prefix = os.path.relpath(directory, folder)
+        prefix = "" if prefix == "." else prefix.replace(os.sep, "/") + "/"
+        names += [prefix + name for name in found if name.endswith(".npy")]
+    return sorted(names)
+
+
+def _npy_labels(where: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The label of every file, from `{"labels": [["00000/img….npy", 12], …]}`."""
+    entries = (shards.read_json(where) or {}).get("labels")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"{where}: found no labels, expected {_LABELS}")
+    try:
+        labels = {name.replace("\\", "/"): int(label) for name, label in entries}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{where}: found other entries than expected, {_LABELS} ({error})"
+        ) from error
+    unlabelled = [name for name in names if name not in labels]
+    if unlabelled:
+        raise InputError(
+            f"{where}: has no label for {len(unlabelled)} of {len(names)} files, such as "
+            f"{unlabelled[0]}{suggest(unlabelled[0], tuple(itertools.islice(labels, 1000)), 1)}"
+        )
+    if len(labels) > len(names):
+        present = set(names)
+        missing = [name for name in labels if name not in present]
+        raise InputError(
+            f"{where}: labels {len(missing)} files that are not there, such as {missing[0]}: "
+            "expected all latents to be copied"
+        )
+    return (
+        np.array([os.fsencode(name) for name in names]),
+        np.array([labels[name] for name in names], np.int32),
+    )
+
+
+# LightningDiT: safetensors shards of samples, (N, C, H, W), and mirrored twins.
+
+_DTYPES: dict[str, type] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+
+
+class SafetensorsSource:
+    """Samples in safetensors shards, read one example at a time, never whole.
+
+    Args:
+        files: paths of the shards.
+        headers: of each, name → {"dtype", "shape", "start"} with the byte where the data starts.
+        labels: (N,) int32.
+    """
+
+    def __init__(
+        self, files: Sequence[str], headers: Sequence[Mapping[str, Any]], labels: np.ndarray
+    ):
+        self._files, self._headers, self._labels = list(files), list(headers), labels
+        self._ends = list(itertools.accumulate(header["labels"]["shape"][0] for header in headers))
+        self.__setstate__({})
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors and locks do not travel to worker processes.
+        return {k: v for k, v in vars(self).items() if k not in ("_descriptors", "_lock")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __del__(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> Example:
+        shard = bisect.bisect_right(self._ends, index)
+        position = index - (self._ends[shard - 1] if shard else 0)
+        example: Example = {"x": self._read(shard, "latents", position)}
+        if "latents_flip" in self._headers[shard]:
+            example["x_flip"] = self._read(shard, "latents_flip", position)
+        return example | {"label": self._labels[index]}
+
+    def _read(self, shard: int, name: str, position: int) -> np.ndarray:
+        entry = self._headers[shard][name]
+        _, *shape = entry["shape"]
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        length = int(np.prod(shape)) * dtype.itemsize
+        # Not mapped: touched pages would count as this process's memory, and grow to the data set.
+        data = os.pread(self._descriptor(shard), length, entry["start"] + position * length)
+        if len(data) < length:
+            raise InputError(f"{self._files[shard]}: truncated, example {position} is not there")
+        values = np.frombuffer(data, dtype)
+        if entry["dtype"] == "BF16":  # the upper half of a float32
+            values = (values.astype(np.uint32) << 16).view(np.float32)
+        return np.moveaxis(values.reshape(shape), 0, -1).astype(np.float32, copy=False)
+
+    def _descriptor(self, shard: int) -> int:
+        with self._lock:
+            if shard not in self._descriptors:
+                self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY)
+            return self._descriptors[shard]
+
+
+def _safetensors_names(path: str) -> list[str]:
+    """Shards in sorted order, as LightningDiT's loader has them."""
+    return sorted(
+        name
+        for name in os.listdir(path)
+        if name.endswith(".safetensors") and not name.startswith("latents_stats")
+    )
+
+
+def _safetensors_header(file: str) -> dict[str, Any]:
+    """Where the tensors of a file are; raises `InputError` for a damaged or foreign one."""
+    size = os.path.getsize(file)
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        try:
+            content = json.loads(stream.read(length)) if length < size else None
+        except (ValueError, UnicodeDecodeError):
+            content = None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: truncated or not a safetensors file")
+    entries = {k: v for k, v in content.items() if k != "__metadata__"}
+    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    if size < end:
+        raise InputError(f"{file}: truncated, {size} of {end} bytes")
+    if not {"latents", "labels"} <= set(entries):
+        raise InputError(
+            f"{file}: found {', '.join(entries) or 'nothing'}, expected latents, labels and "
+            "perhaps latents_flip"
+        )
+    header = {
+        name: {
+            "dtype": entries[name]["dtype"],
+            "shape": entries[name]["shape"],
+            "start": 8 + length + entries[name]["data_offsets"][0],
+        }
+        for name in ("latents", "latents_flip", "labels")
+        if name in entries
+    }
+    counts = {name: entry["shape"][0] for name, entry in header.items()}
+    if len(set(counts.values())) > 1:
+        raise InputError(f"{file}: found {counts}, expected as many labels as latents")
+    for name, entry in header.items():
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(
+                f"{file}: {name} is of type {entry['dtype']}, expected {', '.join(_DTYPES)}"
+            )
+    return header
+
+
+def _read_labels(file: str, header: Mapping[str, Any]) -> np.ndarray:
+    entry = header["labels"]
+    with open(file, "rb") as stream:
+        stream.seek(entry["start"])
+        dtype = np.dtype(_DTYPES[entry["dtype"]])
+        data = stream.read(entry["shape"][0] * dtype.itemsize)
+    return np.frombuffer(data, dtype).astype(np.int32)
+
+
+def _open_safetensors(
+    path: str,
+    names: Sequence[str],
+    autoencoder: str | None,
+    num_classes: int | None,
+    skip_damaged: bool,
+) -> Opened:
+    whole, headers, problems = [], [], {}
+    for name in names:
+        file = os.path.join(path, name)
+        try:
+            headers.append(_safetensors_header(file))
+            whole.append(file)
+        except InputError as error:
+            problems[name] = str(error).removeprefix(f"{file}: ")
+    _report_damage(path, problems, len(names), skip_damaged, "copy or encode it again")
+    shape = tuple(np.roll(headers[0]["latents"]["shape"][1:], -1).tolist())
+    for file, header in zip(whole, headers, strict=True):
+        for name in set(header) - {"labels"}:
+            if header[name]["shape"][1:] != headers[0]["latents"]["shape"][1:]:
+                raise InputError(
+                    f"{file}: {name} has shape {header[name]['shape']}, expected the shape of "
+                    f"{whole[0]}'s, {headers[0]['latents']['shape']}"
+                )
+    labels = np.concatenate([_read_labels(*pair) for pair in zip(whole, headers, strict=True)])
+    if not len(labels):
+        raise InputError(f"{path}: the shards are empty, expected latents")
+    source = SafetensorsSource(whole, headers, labels)
+    mean, std = _stored_statistics(path, shape[-1]) or _sampled_statistics(source)
+    return source, {
+        "shape": shape,
+        "autoencoder": autoencoder,
+        **_classes(path, labels, num_classes),
+        **_normalisation(autoencoder, mean, std),
+    }
+
+
+def _stored_statistics(path: str, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Per-channel mean and std from `latents_stats`, a `.safetensors`, `.npz` or `.pt` file."""
+    for suffix in (".safetensors", ".npz", ".pt"):
+        file = os.path.join(path, f"latents_stats{suffix}")
+        if not os.path.exists(file):
+            continue
+        content = dict(np.load(file)) if suffix == ".npz" else files.read_checkpoint(file)
+        if not {"mean", "std"} <= set(content):
+            raise InputError(f"{file}: found {', '.join(content)}, expected mean and std")
+        mean, std = (np.asarray(content[name]).reshape(-1) for name in ("mean", "std"))
+        if not len(mean) == len(std) == channels:
+            raise InputError(
+                f"{file}: found statistics of {len(mean)} channels, expected {channels}"
+            )
+        return mean, std
+    return None

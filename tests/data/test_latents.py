@@ -1,0 +1,278 @@
+import json
+import pickle
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+
+from ig_jax.data import benchmark, images, latents, pipeline, prepare, shards
+from ig_jax.errors import InputError
+from tests.data.common import OPTIONS, encode, make_tree
+
+COUNT = 18
+NAMES = ("golden retriever", "tench, Tinca tinca", "tiger shark")
+
+
+def without_noise(x):
+    """An encoder whose posterior is one point, so that a sample is the mean."""
+    mean, std = encode(x)
+    return mean, 0 * std
+
+
+def write_npy(path, examples):
+    """The SiT/REPA/EDM2 layout; labels in another order than the files."""
+    (path / "vae-sd" / "00000").mkdir(parents=True)
+    labels = []
+    for i, example in enumerate(examples):
+        name = f"00000/img-latents-{i:08d}.npy"
+        moments = np.concatenate([example["mean"], example["std"]], axis=-1)
+        np.save(path / "vae-sd" / name, np.ascontiguousarray(moments.transpose(2, 0, 1)))
+        labels.append([name, int(example["label"])])
+    (path / "vae-sd" / "dataset.json").write_text(json.dumps({"labels": labels[::-1]}))
+
+
+def write_safetensors(path, examples, statistics, twins):
+    """LightningDiT's layout, three shards, statistics as PyTorch saves them."""
+    path.mkdir(exist_ok=True)
+    for shard, indices in enumerate(np.array_split(np.arange(len(examples)), 3)):
+        part = [examples[i] for i in indices]
+        tensors = {"labels": np.array([e["label"] for e in part], np.int64)}
+        for name, field in (("latents", "mean"), ("latents_flip", "mean_flip")):
+            if name == "latents" or twins:
+                stacked = np.stack([e[field] for e in part]).transpose(0, 3, 1, 2)
+                tensors[name] = np.ascontiguousarray(stacked)
+        file = path / f"latents_rank00_shard{shard:03d}.safetensors"
+        file.write_bytes(safetensors.numpy.save(tensors))
+    values = {k: torch.tensor(v).float().reshape(1, -1, 1, 1) for k, v in statistics.items()}
+    torch.save(values, path / "latents_stats.pt")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """The same latents in three layouts, with and without twins."""
+    root = tmp_path_factory.mktemp("layouts")
+    tree = images.ImageFolder(make_tree(root / "tree"))
+    for name, encoder, twins, autoencoder in (
+        ("plain", without_noise, False, "sd-vae-ft-ema"),
+        ("noisy", encode, False, "sd-vae-ft-ema"),
+        ("twins", without_noise, True, "pooling"),
+    ):
+        path = root / name / "ours"
+        options = OPTIONS | dict(autoencoder=autoencoder)
+        prepare.prepare(tree, str(path), encoder, twins=twins, **options)
+        index = shards.read_index(str(path))
+        source = shards.ShardSource(str(path), index, index["shards"])
+        examples = [source[i] for i in range(len(source))]
+        write_npy(root / name / "npy", examples)
+        write_safetensors(root / name / "light", examples, index["statistics"], twins)
+    return root
+
+
+def batches(source, count=7, **options):
+    """Model inputs and labels of the first batches."""
+    iterator = pipeline.make_iterator(source.train, batch_size=6, seed=1, **options)
+    for step, batch in zip(range(count), iterator, strict=False):
+        key = jax.random.key(step)
+        x = pipeline.model_input(batch, key, shift=source.shift, scale=source.scale)
+        yield np.asarray(x), batch["label"]
+
+
+def assert_same_batches(*sources):
+    for (x, labels), *others in zip(*map(batches, sources), strict=True):
+        for other_x, other_labels in others:
+            np.testing.assert_array_equal(labels, other_labels)
+            np.testing.assert_array_equal(x, other_x)
+
+
+def test_three_layouts_give_the_same_batches(root):
+    opened = [
+        latents.open_latents(
+            str(root / "plain" / name), autoencoder="sd-vae-ft-ema", num_validation=5
+        )
+        for name in ("ours", "npy", "light")
+    ]
+    for source in opened:
+        assert source.shape == (4, 4, 4) and source.num_classes == 2
+        assert (len(source.train), len(source.validation)) == (COUNT - 5, 5)
+        assert source.shift == [0] and source.scale == np.float32(1 / 0.18215)
+    assert_same_batches(*opened)
+    for part in zip(*(pipeline.epoch_batches(s.validation, 4) for s in opened), strict=True):
+        values = [batch.get("mean", batch.get("x")) for batch in part]
+        np.testing.assert_array_equal(values[0], values[1])
+        np.testing.assert_array_equal(values[0], values[2])
+
+
+def test_posteriors_of_two_layouts_give_the_same_samples(root):
+    opened = [latents.open_latents(str(root / "noisy" / name)) for name in ("ours", "npy")]
+    assert_same_batches(*opened)
+    means = latents.open_latents(str(root / "plain" / "ours"))
+    first = [next(iter(batches(source, 1)))[0] for source in (opened[0], means)]
+    assert abs(first[0] - first[1]).mean() > 0.01
+
+
+def test_twins_of_two_layouts_give_the_same_batches(root):
+    ours = latents.open_latents(str(root / "twins" / "ours"))
+    light = latents.open_latents(str(root / "twins" / "light"), autoencoder="pooling")
+    np.testing.assert_allclose(ours.shift, light.shift, rtol=1e-6)
+    np.testing.assert_allclose(ours.scale, light.scale, rtol=1e-6)
+    x = np.concatenate([x for x, _ in batches(ours, 60)])
+    np.testing.assert_allclose(x.mean((0, 1, 2)), 0, atol=0.1)
+    np.testing.assert_allclose(x.std((0, 1, 2)), 1, atol=0.1)
+    assert_same_batches(ours, light)
+    assert set(light.train[0]) == {"x", "x_flip", "label"}
+
+
+def test_sources_travel_to_worker_processes(root):
+    for name in ("ours", "npy", "light"):
+        source = latents.open_latents(str(root / "plain" / name)).train
+        first = source[3]  # opens files, which must not travel
+        copy = pickle.loads(pickle.dumps(source))
+        np.testing.assert_equal(copy[3], first)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ""])
+def test_statistics_of_the_lightningdit_layout(root, tmp_path, suffix):
+    path = tmp_path / "light"
+    shutil.copytree(root / "twins" / "light", path)
+    (path / "latents_stats.pt").unlink()
+    mean, std = np.arange(4, dtype=np.float32), np.full((1, 4, 1, 1), 2, np.float32)
+    if suffix == ".npz":
+        np.savez(path / "latents_stats.npz", mean=mean, std=std)
+    elif suffix:
+        data = safetensors.numpy.save({"mean": mean, "std": std})
+        (path / "latents_stats.safetensors").write_bytes(data)
+    else:  # none stored: computed
+        statistics = shards.read_index(str(root / "twins" / "ours"))["statistics"]
+        mean, std = statistics["mean"], statistics["std"]
+    source = latents.open_latents(str(path), autoencoder="pooling")
+    np.testing.assert_allclose(source.shift, mean, rtol=1e-5)
+    np.testing.assert_allclose(source.scale, np.ravel(std), rtol=1e-5)
+
+
+def test_half_precision_shards(tmp_path):
+    values = np.linspace(-1, 1, 2 * 4 * 2 * 2, dtype=np.float32).reshape(2, 4, 2, 2)
+    tensors = {"latents": torch.tensor(values).bfloat16(), "labels": torch.tensor([1, 0])}
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "latents_rank00_shard000.safetensors")
+    train = latents.open_latents(str(tmp_path)).train
+    np.testing.assert_allclose(train[1]["x"], values[1].transpose(1, 2, 0), atol=4e-3)
+    assert train[0]["label"] == 1 and train[0]["x"].dtype == np.float32
+
+
+@pytest.mark.parametrize("write", benchmark.LAYOUTS.values())
+def test_the_benchmark_writes_each_layout(tmp_path, write):
+    write(str(tmp_path), benchmark.random_latents(30), 30)
+    source = latents.open_latents(str(tmp_path), num_classes=1000)
+    assert source.shape == (32, 32, 4) and len(source.train) == 30
+    example = source.train[29]
+    assert example["label"] == 29 and example.get("mean", example.get("x"))[0, 0, 0] == 29
+
+
+def test_no_data_says_how_to_prepare_it(tmp_path):
+    for path, found in (
+        ("", "it is empty"),
+        (str(tmp_path / "none"), "there is no such directory"),
+        (str(tmp_path), "it holds nothing"),
+    ):
+        with pytest.raises(InputError, match=found) as error:
+            latents.open_latents(path)
+        assert "--mode=prepare --config=… --config.data.images=/path" in str(error.value)
+        assert "configs/digits_ig.py" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_latents_of_another_kind(root):
+    ours, npy = (str(root / "plain" / name) for name in ("ours", "npy"))
+    with pytest.raises(InputError, match="of sd-vae-ft-ema, expected sd-vae-ft-mse"):
+        latents.open_latents(ours, autoencoder="sd-vae-ft-mse")
+    with pytest.raises(
+        InputError, match=r"\(4, 4, 4\), of 32-pixel images, expected \(32, 32, 4\)"
+    ):
+        latents.open_latents(ours, expected_shape=(32, 32, 4))
+    with pytest.raises(InputError, match="of 4 channels, expected 32, as va-vae-f16d32 has"):
+        latents.open_latents(npy, autoencoder="va-vae-f16d32")
+    with pytest.raises(InputError, match="found label 1, expected labels below 1"):
+        latents.open_latents(npy, num_classes=1)
+    with pytest.raises(InputError, match="num_validation is 18: expected 0…17"):
+        latents.open_latents(ours, num_validation=18)
+
+
+def test_labels_that_miss_files_and_files_that_miss(root, tmp_path):
+    path = tmp_path / "npy"
+    shutil.copytree(root / "plain" / "npy", path)
+    where = path / "vae-sd" / "dataset.json"
+    labels = json.loads(where.read_text())["labels"]
+    where.write_text(json.dumps({"labels": labels[:-2]}))
+    with pytest.raises(
+        InputError, match="no label for 2 of 18 files, such as 00000/img-latents-00"
+    ):
+        latents.open_latents(str(path))
+    where.write_text(json.dumps({"labels": [*labels, ["00000/img-latents-00000099.npy", 1]]}))
+    with pytest.raises(InputError, match="labels 1 files that are not there.*00000099.npy"):
+        latents.open_latents(str(path))
+    where.write_text(json.dumps({"labels": [["a", None]]}))
+    with pytest.raises(InputError, match=r"found other entries than expected, \{.labels.: "):
+        latents.open_latents(str(path))
+    where.write_text("{")
+    with pytest.raises(InputError, match="dataset.json: damaged JSON"):
+        latents.open_latents(str(path))
+    where.unlink()
+    with pytest.raises(InputError, match="dataset.json: no such file, expected the labels"):
+        latents.open_latents(str(path))
+
+
+def test_damaged_files_are_named(root, tmp_path):
+    path = tmp_path / "npy"
+    shutil.copytree(root / "plain" / "npy", path)
+    file = path / "vae-sd" / "00000" / "img-latents-00000002.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="00000002.npy: missing, damaged or not a NumPy file"):
+        latents.open_latents(str(path)).train[2]
+
+    path = tmp_path / "light"
+    shutil.copytree(root / "plain" / "light", path)
+    file = path / "latents_rank00_shard001.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="shard001.safetensors: truncated.*the other 2 of 3"):
+        latents.open_latents(str(path))
+    rest = latents.open_latents(str(path), skip_damaged=True).train
+    assert len(rest) == 12
+    np.testing.assert_array_equal(
+        rest[6]["x"], latents.open_latents(str(root / "plain" / "light")).train[12]["x"]
+    )
+    file.write_bytes(b"not safetensors at all")
+    with pytest.raises(InputError, match="shard001.safetensors: truncated or not a safetensors"):
+        latents.open_latents(str(path))
+
+    path = tmp_path / "ours"
+    shutil.copytree(root / "plain" / "ours", path)
+    file = path / "latents-00000-of-00004.arrayrecord"
+    data = bytearray(file.read_bytes())
+    where = data.find(latents.open_latents(str(path)).train[1]["mean"].tobytes())
+    assert where > 0
+    data[where + 5] ^= 255
+    file.write_bytes(data)
+    damaged = latents.open_latents(str(path)).train
+    with pytest.raises(
+        InputError, match="00000-of-00004.arrayrecord: damaged, record of example 1"
+    ):
+        damaged[1]
+    assert damaged[0]["label"] == 0 and len(damaged) == COUNT
+
+
+def test_classes_by_number_and_name():
+    resolve = latents.resolve_classes
+    assert resolve("2, golden retriever,Tinca tinca", NAMES) == [2, 0, 1]
+    assert resolve([1, "Tiger Shark"], NAMES) == [1, 2]
+    assert resolve("3", ("3", "5")) == [0]  # names that are numbers come first
+    with pytest.raises(InputError, match="'tiger shrak' does not exist.*did you mean tiger shark"):
+        resolve("tiger shrak", NAMES)
+    with pytest.raises(InputError, match="class 3 does not exist: expected 0…2"):
+        resolve("3", NAMES)
+    with pytest.raises(InputError, match="no class named"):
+        resolve([], NAMES)
+    assert latents.class_names(1000)[207] == "golden retriever"
+    assert latents.class_names(3) == ("0", "1", "2")

@@ -1,0 +1,76 @@
+"""Adding internal guidance to a network that was trained without it."""
+
+import jax
+import numpy as np
+import pytest
+
+from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment
+from ig_jax.training import loop
+from ig_jax.training.checkpoint import Checkpoints
+from tests.common import tiny_config
+
+
+@pytest.fixture(scope="module")
+def headless(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("headless")
+    config = tiny_config(num_steps=4, validate_every=0)
+    config.model.auxiliary_depth = 0
+    loop.train(config, str(workdir))
+    experiment = Experiment.from_config(config)
+    return workdir, Checkpoints(str(workdir), read_only=True).weights(experiment.abstract_params())
+
+
+def finetune(headless, workdir, trainable, steps=4):
+    config = tiny_config(num_steps=steps, validate_every=0, init_from=str(headless[0]))
+    config.optimizer.update(trainable=trainable, learning_rate=1e-2)
+    return loop.train(config, str(workdir))
+
+
+def equal(a, b):
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), y), a, b)))
+
+
+def trunk(params):
+    """Parameters of everything but the auxiliary head, with the blocks as one stack."""
+    params = dict(jax.device_get(params))
+    params.pop("auxiliary_head", None)
+    if "after" in params:
+        after = params.pop("after")
+        params["before"] = jax.tree.map(
+            lambda a, b: np.concatenate([a, b]), params["before"], after
+        )
+    return params
+
+
+def test_the_head_alone(headless, tmp_path):
+    trainer = finetune(headless, tmp_path, "auxiliary_head")
+    assert equal(trunk(trainer.ema), trunk(headless[1]))
+    head = jax.device_get(trainer.ema["auxiliary_head"])
+    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(head)) > 0
+
+
+def test_everything(headless, tmp_path):
+    trainer = finetune(headless, tmp_path, "all")
+    assert not equal(trunk(trainer.ema), trunk(headless[1]))
+    # A continued run needs no `init_from` lookup: its own checkpoint is newer.
+    again = finetune(headless, tmp_path, "all", steps=5)
+    assert not equal(trunk(again.ema), trunk(trainer.ema))
+
+
+def test_a_trained_head_lowers_its_loss(headless, tmp_path):
+    config = tiny_config(num_steps=40, validate_every=0, init_from=str(headless[0]))
+    config.optimizer.update(trainable="auxiliary_head", learning_rate=1e-2)
+    trainer = loop.Trainer(config, str(tmp_path))
+    fresh = trainer.programs.init(jax.random.key(0)).params
+    before = loop.initial_weights(trainer.experiment, fresh)
+    trainer.run()
+    assert trainer._validation_loss(trainer.ema) < trainer._validation_loss(before) - 0.05
+
+
+def test_another_architecture_is_refused(headless, tmp_path):
+    config = tiny_config(init_from=str(headless[0]))
+    config.model.width = 64
+    with pytest.raises(InputError, match="init_from is .* has width 32: this config has 64"):
+        loop.train(config, str(tmp_path / "new"))
+    assert not (tmp_path / "new" / "checkpoints").exists()
