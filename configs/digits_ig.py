@@ -34,4 +34,10 @@ def get_config():
     config.evaluation.update(
         num_samples=1797, ig_scales=(0.0, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0), at_end=True
     )
+    config.sweep.update(
+        ig_scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75),
+        ig_intervals=(0.0, 1.0, 0.3, 1.0, 0.0, 0.7),
+        num_samples=2048,
+        bootstrap=200,
+    )
     return config

@@ -77,6 +77,12 @@ _NO_WORKDIR = ("prepare", "compile")
 _HELP_FLAGS = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
 _HELP = "one of: " + "; ".join(f"{name} – {line}" for name, (line, _) in MODES.items())
 _MODE = flags.DEFINE_string("mode", "train", _HELP)
+_GUIDANCE = flags.DEFINE_enum(
+    "guidance", "config", ("config", "best"), "of the config, or what --mode=sweep found best"
+)
+_COMPARE = flags.DEFINE_string(
+    "compare", None, "--mode=evaluate --compare a.json b.json: how two results' protocols differ"
+)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of checkpoints, logs and results (local or gs://)"
 )
@@ -117,6 +123,13 @@ def define_config(argv: list[str]) -> None:
 
 
 def _run(argv: list[str]) -> None:
+    if _COMPARE.value is not None:
+        if len(argv) != 2:
+            raise InputError("--compare expects two result files: --compare a.json b.json")
+        from ig_jax.evaluation import protocol
+
+        print(protocol.compare(_COMPARE.value, argv[1]))
+        return
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: options look like --mode=sample")
     mode, workdir = _MODE.value, _WORKDIR.value
@@ -128,6 +141,10 @@ def _run(argv: list[str]) -> None:
     if workdir is None and mode not in _NO_WORKDIR:
         raise InputError("--workdir=DIR expected: where checkpoints and results go")
     config = flags.FLAGS["config"].value
+    if _GUIDANCE.value == "best":
+        from ig_jax.evaluation import sweep
+
+        sweep.apply_best(config, workdir)
     from ig_jax import config as config_lib
 
     config_lib.validate(config)
@@ -146,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         print(START, end="")
         return 0
     try:
-        if _HELP_FLAGS.isdisjoint(argv):
+        if _HELP_FLAGS.isdisjoint(argv) and _argument(argv, "compare") is None:
             define_config(argv)
         app.run(_run, argv, flags_parser=_parse)
     except InputError as error:
@@ -169,6 +186,8 @@ def _parse(argv: list[str]) -> list[str]:
         )
         print("  --config.a.b=value  overrides a field (see ig_jax/config.py for all of them)")
         print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
+        print("  --guidance=best     sample or evaluate with what --mode=sweep found")
+        print("  --compare A B       with --mode=evaluate: how the protocols of two results differ")
         raise SystemExit(0)
     try:
         return flags.FLAGS(argv)

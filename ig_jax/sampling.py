@@ -24,6 +24,7 @@ from ig_jax import console, pictures
 from ig_jax.diffusion import interpolant, sampler
 from ig_jax.diffusion.guidance import Guidance, GuidedVelocity
 from ig_jax.errors import InputError
+from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.training import sharding
@@ -248,31 +249,12 @@ def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, 
     return choose_labels("given", indices, num_classes, config.seed, classes)
 
 
-def request_name(request: dict[str, Any]) -> str:
-    """A folder name for a sampling request: readable, and different for different requests."""
-    guidance, sampler_fields = request["guidance"], request["sampler"]
-    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:6]
+def folder_name(record: dict[str, Any]) -> str:
+    """A folder name for a sampling record: readable, and different for different records."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
     return (
-        f"step{request['checkpoint_step']}_ig{guidance['ig_scale']:g}_cfg{guidance['cfg_scale']:g}"
-        f"_{sampler_fields['name']}{sampler_fields['num_steps']}_seed{request['seed']}_{digest}"
-    )
-
-
-def protocol_of(config: ConfigDict, step: int) -> dict[str, Any]:
-    """What fixes the pictures of a sampling run, as plain values."""
-    sampler_fields = {
-        k: v for k, v in config.sampler.items() if k not in ("num_samples", "batch_size")
-    }
-    return json.loads(
-        json.dumps(
-            {
-                "checkpoint_step": step,
-                "seed": config.seed,
-                "guidance": config.guidance.to_dict(),
-                "sampler": sampler_fields,
-                "dtype": config_lib.compute_dtype(config.model.dtype).name,
-            }
-        )
+        f"step{record['checkpoint_step']}_ig{record['ig_scale']:g}_cfg{record['cfg_scale']:g}"
+        f"_{record['sampler']}{record['num_steps'] or ''}_seed{record['seed']}_{digest}"
     )
 
 
@@ -282,7 +264,7 @@ class PictureFolder:
     Every picture is written whole or not at all, so that whatever is there counts.
 
     Args:
-        directory: local or `gs://`; of one request only (see `request_name`).
+        directory: local or `gs://`; of one sampling record only (see `folder_name`).
     """
 
     def __init__(self, directory: epath.PathLike):
@@ -365,10 +347,10 @@ def draw_into(
 def run(config: ConfigDict, workdir: str) -> str:
     """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
 
-    A folder named after the request gets numbered PNGs in `images`, `samples.npz` (`arr_0`, uint8
-    (N, H, W, C), as evaluators expect), `labels.txt`, `request.json` and a labelled grid of the
-    first 100, `samples.png`. Started again after a stop it draws only what is missing. Raises
-    `InputError` on an empty workdir.
+    A folder named after what fixes the pictures gets numbered PNGs in `images`, `samples.npz`
+    (`arr_0`, uint8 (N, H, W, C), as evaluators expect), `labels.txt`, `protocol.json` and a grid
+    of the first 100, `samples.png`. Started again after a stop it draws only what is missing.
+    Raises `InputError` on an empty workdir.
     """
     experiment = Experiment.from_config(config)
     checkpoints = Checkpoints(workdir, read_only=True)
@@ -376,18 +358,24 @@ def run(config: ConfigDict, workdir: str) -> str:
     source = experiment.open_facts(workdir)
     indices = np.arange(config.sampler.num_samples)
     labels = labels_for(config, indices, source.class_names)
-    request = protocol_of(config, step)
-    directory = epath.Path(workdir) / "samples" / request_name(request)
-    folder = PictureFolder(directory / "images")
     to_images = make_to_images(experiment, source)
     params = checkpoints.weights(experiment.abstract_params(), ema=config.sampler.ema)
     checkpoints.close()
     drawer = make_drawer(experiment)
+    guidance = config_lib.guidance(config)
+    record = protocol.sampling_record(
+        config,
+        guidance,
+        step=step,
+        weights=protocol.weights_hash(params),
+        ema=config.sampler.ema,
+        weak=None if drawer.weak is None else protocol.weights_hash(drawer.weak[1]),
+    )
+    directory = epath.Path(workdir) / "samples" / folder_name(record)
+    folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)
-        (directory / "request.json").write_text(json.dumps(request, indent=1) + "\n")
     _meet("samples folder")
-    guidance = config_lib.guidance(config)
     drawn = draw_into(folder, drawer, params, guidance, config.seed, labels, to_images)
     _meet("samples drawn")
     if is_primary():
@@ -400,6 +388,7 @@ def run(config: ConfigDict, workdir: str) -> str:
             for i, (label, name) in enumerate(zip(labels, names, strict=True))
         )
         (directory / "labels.txt").write_text("\n".join(lines) + "\n")
+        protocol.save_sampling(directory / "protocol.json", record, len(indices))
         pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
     return (
         f"{len(indices)} samples of step {step} ({drawn} drawn now): "

@@ -90,6 +90,9 @@ def autoencoder_from_pytorch(
         groups: groups of the group norms, which shapes do not tell (all published ones: 32).
         preset: a name in `AUTOENCODERS` whose network the weights must be, or None for any.
 
+    Returns:
+        The module: `encode` of (B, H, W, 3) images in [−1, 1], `decode` of (B, h, w, C) latents.
+
     Raises:
         InputError: if the file cannot be read, is no such autoencoder or not the preset's; if a
             weight is missing, unexpected, of another shape, NaN or infinite.

@@ -55,8 +55,11 @@ class Images(Protocol):
 class ImageFolder:
     """Files `class/name.jpg`; classes and files in alphabetical order.
 
+    Images that lie in the folder itself, without folders for classes, have no labels: there are no
+    class names then, and every label is 0, the ∅ of an unconditional model.
+
     Args:
-        path: a local folder with a folder for each class.
+        path: a local folder with a folder for each class, or with unlabelled images.
 
     Raises:
         InputError: no such folder, or no images in it.
@@ -68,14 +71,17 @@ class ImageFolder:
         self._path = path
         found = {entry.name: _files(entry.path) for entry in os.scandir(path) if entry.is_dir()}
         classes = sorted(name for name, files in found.items() if files)
-        if not classes:
+        labelled = bool(classes)
+        if not labelled:
+            found, classes = {".": _files(path)}, ["."]
+        if not found[classes[0]]:
             inside = ", ".join(sorted(os.listdir(path))[:3]) or "nothing"
             raise InputError(
                 f"{path}: found {inside}, expected a folder for each class with images in it "
-                f"(class/name.jpg, one of {' '.join(SUFFIXES)})"
+                f"(class/name.jpg, one of {' '.join(SUFFIXES)}), or unlabelled images"
             )
         self._folders = classes
-        self.class_names = readable_names(classes)
+        self.class_names = readable_names(classes) if labelled else ()
         # Byte strings in one array: a list of a million objects would be copied into every worker.
         self._names = np.array([os.fsencode(f) for c in classes for f in found[c]])
         self._labels = np.repeat(np.arange(len(classes)), [len(found[c]) for c in classes])
@@ -194,8 +200,8 @@ def open_images(images: str, data_dir: str = "") -> Images:
     """Opens what `config.data.images` names.
 
     Args:
-        images: a folder of `class/name.jpg`, or "tfds:NAME" or "tfds:NAME/SPLIT"-style
-            "tfds:imagenet2012@validation"; the split is "train" unless given after "@".
+        images: a folder (see `ImageFolder`) or "tfds:NAME@SPLIT", e.g. "tfds:imagenet2012" or
+            "tfds:imagenet2012@validation"; the split is "train" if not given.
         data_dir: TFDS' data directory.
 
     Returns:

@@ -7,9 +7,12 @@ safetensors shards of LightningDiT.
 from __future__ import annotations
 
 import bisect
+import functools
+import io
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -85,8 +88,9 @@ def open_latents(
 def _no_data(path: str, found: str) -> InputError:
     return InputError(
         f"config.data.path is {path!r}: {found}, expected prepared latents. Prepare them with "
-        "`python -m ig_jax.main --mode=prepare --config=… --config.data.images=/path/to/imagenet "
-        "--config.data.path=/path/to/latents`, or train without any data: "
+        "`python -m ig_jax.main --mode=prepare --config=configs/sit_xl_ig.py "
+        "--config.data.images=/path/to/imagenet --config.data.path=/path/to/latents "
+        "--config.data.autoencoder_path=/path/to/weights`, or train without any data: "
         "`python -m ig_jax.main --config=configs/digits_ig.py --workdir=…`"
     )
 
@@ -165,45 +169,85 @@ def class_names(num_classes: int) -> tuple[str, ...]:
     return tuple(str(i) for i in range(num_classes))
 
 
-def resolve_classes(wanted: str | Sequence[int | str], names: Sequence[str]) -> list[int]:
+def resolve_classes(wanted: str | Sequence[int | str], names: Sequence[str]) -> tuple[int, ...]:
     """Class numbers from numbers and names.
 
     Args:
         wanted: e.g. "207, golden retriever" or [207, "golden retriever"].
-        names: of the classes in label order; each may be several, separated by ", ". A name is
-            matched whole or by one of its parts, whatever its case.
+        names: of the classes in label order; each may be several, separated by ", ". A whole name
+            is preferred to one of those several ("harp" to "harmonica, mouth organ, harp"),
+            whatever its case.
 
     Returns:
         Labels in the order of `wanted`.
 
     Raises:
-        InputError: a number out of range, or an unknown name (suggests close ones).
+        InputError: a number out of range, an unknown name (suggests close ones), or one of several
+            classes.
     """
-    known: dict[str, int] = {}
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
     for label, name in enumerate(names):
-        for part in (name, *name.split(",")):
-            known.setdefault(part.strip().lower(), label)
-    found = []
-    parts = wanted.split(",") if isinstance(wanted, str) else wanted
-    for part in (str(part).strip() for part in parts):
-        # A data set's own names come first: the digits' names are numbers.
-        label = known.get(part.lower())
-        if label is None and re.fullmatch(r"-?\d+", part):
-            label = int(part)
-            if not 0 <= label < len(names):
-                raise InputError(f"class {label} does not exist: expected 0…{len(names) - 1}")
-        if label is None:
-            raise InputError(
-                f"class {part!r} does not exist: expected a number 0…{len(names) - 1} or a name"
-                f"{suggest(part.lower(), tuple(known))}"
-            )
-        found.append(label)
+        pieces = _pieces(name)
+        whole.setdefault(", ".join(pieces), []).append(label)
+        for piece in dict.fromkeys(pieces):
+            parts.setdefault(piece, []).append(label)
+    items = _split_classes(wanted, whole) if isinstance(wanted, str) else wanted
+    found = tuple(_resolve_class(str(item).strip(), names, whole, parts) for item in items)
     if not found:
         raise InputError("no class named: expected class numbers or names, separated by commas")
     return found
 
 
+def _pieces(text: str) -> list[str]:
+    return [piece for part in text.split(",") if (piece := part.strip().lower())]
+
+
+def _split_classes(text: str, whole: Mapping[str, Any]) -> list[str]:
+    """Splits at commas, but not inside a class's whole name, which may hold some."""
+    pieces, items = _pieces(text), []
+    longest = max((name.count(",") + 1 for name in whole), default=1)
+    while pieces:
+        for length in range(min(longest, len(pieces)), 0, -1):
+            item = ", ".join(pieces[:length])
+            if length == 1 or item in whole:
+                break
+        items.append(item)
+        del pieces[:length]
+    return items
+
+
+def _resolve_class(
+    text: str,
+    names: Sequence[str],
+    whole: Mapping[str, list[int]],
+    parts: Mapping[str, list[int]],
+) -> int:
+    # A data set's own names come first: the digits' names are numbers.
+    key = ", ".join(_pieces(text))
+    labels = whole.get(key) or parts.get(key)
+    if labels and len(labels) > 1:
+        choices = " or ".join(f"{label} ({names[label]})" for label in labels)
+        raise InputError(f"class {text!r} is {choices}: expected the number of one")
+    if labels:
+        return labels[0]
+    if re.fullmatch(r"-?\d+", text):
+        if not 0 <= int(text) < len(names):
+            raise InputError(f"class {text} does not exist: expected 0…{len(names) - 1}")
+        return int(text)
+    raise InputError(
+        f"class {text!r} does not exist: expected a number 0…{len(names) - 1} or a name"
+        f"{suggest(text.lower(), tuple(parts))}"
+    )
+
+
 Opened = tuple[RandomAccess, dict[str, Any]]
+
+
+def _channels_last(x: np.ndarray) -> np.ndarray:
+    """(C, H, W) to (H, W, C), float32, in that order in memory: a batch of views would keep theirs,
+    which cannot go through shared memory (Grain would hang) nor to a device without a copy."""
+    return np.ascontiguousarray(np.moveaxis(x, 0, -1), np.float32)
 
 
 # Our shards.
@@ -267,15 +311,46 @@ class NpySource:
     def __getitem__(self, index: int) -> Example:
         file = os.path.join(self._folder, os.fsdecode(self._names[index]))
         try:
-            moments = np.load(file)
-        except (OSError, ValueError, EOFError) as error:
+            with open(file, "rb") as stream:
+                moments = _parse_npy(stream.read())
+        except (OSError, ValueError) as error:
             raise InputError(f"{file}: missing, damaged or not a NumPy file ({error})") from error
         if moments.ndim != 3 or len(moments) % 2:
             raise InputError(
                 f"{file}: found shape {moments.shape}, expected (2·C, H, W), mean and then std"
             )
-        mean, std = np.split(np.moveaxis(moments, 0, -1).astype(np.float32, copy=False), 2, axis=-1)
+        mean, std = map(_channels_last, np.split(moments, 2))
         return {"mean": mean, "std": std, "label": self._labels[index]}
+
+
+_header_lock = threading.Lock()
+
+
+@functools.lru_cache(maxsize=16)
+def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if header[6] not in read:
+        raise ValueError(f"version {header[6]} of the format")
+    return read[header[6]](io.BytesIO(header[8:]))
+
+
+def _parse_npy(data: bytes) -> np.ndarray:
+    """Reads the content of an `.npy` file; raises ValueError.
+
+    Not by `np.load`, which evaluates each header as Python source: slow, and in Python 3.11 not
+    safe in several threads (SystemError, "AST constructor recursion depth mismatch").
+    """
+    if not data.startswith(b"\x93NUMPY") or len(data) < 12:
+        raise ValueError("no NumPy header")
+    first, size = (10, 2) if data[6] == 1 else (12, 4)
+    start = first + int.from_bytes(data[8 : 8 + size], "little")
+    with _header_lock:
+        shape, fortran, dtype = _npy_header(data[:start])
+    if dtype.hasobject:
+        raise ValueError("Python objects")
+    if len(data) != start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
+    return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
 
 
 def _npy_folder(path: str) -> str | None:
@@ -411,7 +486,7 @@ class SafetensorsSource:
         values = np.frombuffer(data, dtype)
         if entry["dtype"] == "BF16":  # the upper half of a float32
             values = (values.astype(np.uint32) << 16).view(np.float32)
-        return np.moveaxis(values.reshape(shape), 0, -1).astype(np.float32, copy=False)
+        return _channels_last(values.reshape(shape))
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:

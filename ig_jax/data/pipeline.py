@@ -29,7 +29,12 @@ def _choose_twin(example: Example, rng: np.random.Generator, flip: bool) -> Exam
     if (has_twin or flip) and rng.integers(2):
         for name in chosen:
             if name != "label":
-                chosen[name] = example[f"{name}_flip"] if has_twin else chosen[name][:, ::-1]
+                # Contiguous, or the batch might not be, which Grain's workers do not share.
+                chosen[name] = (
+                    example[f"{name}_flip"]
+                    if has_twin
+                    else np.ascontiguousarray(chosen[name][:, ::-1])
+                )
     return chosen
 
 

@@ -50,7 +50,8 @@ def make_extractor(config: ConfigDict, mesh: jax.sharding.Mesh) -> FeatureExtrac
         name = "digits" if config.data.name == "digits" else "inception"
     if name == "digits":
         return DigitsExtractor()
-    batch_size = 64 * len(mesh.local_devices)
+    # Pictures arrive in chunks; a larger batch would be filled up for nothing.
+    batch_size = min(64 * len(mesh.local_devices), sets.CHUNK)
     path = config.evaluation.inception_path
     if not path:
         raise InputError(
@@ -321,7 +322,8 @@ def evaluate_files(
 ) -> Result:
     """Scores the pictures that `config.evaluation.samples` names.
 
-    The data set is needed only where the config names no reference. The record has what the file says of its sampling (an `.npz` of ours does), and else None.
+    The data set is needed only where the config names no reference. The record has what is known of
+    the pictures' sampling (`--mode=sample` leaves it beside them), and else None.
     """
     path = experiment.config.evaluation.samples
     images = sets.open_images(path)

@@ -20,6 +20,8 @@ from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.training.state import TrainState
 
+# Name of the one number that Orbax compares checkpoints by.
+SCORE = "score"
 ITEMS = ("params", "ema", "optimizer", "config", "data", "source")
 
 
@@ -37,7 +39,6 @@ class Checkpoints:
     Args:
         workdir: local or `gs://` directory.
         max_to_keep: how many of the latest are kept.
-        best: name of the metric whose smallest value marks the best checkpoint.
         read_only: never creates or deletes anything.
     """
 
@@ -46,7 +47,6 @@ class Checkpoints:
         workdir: str,
         *,
         max_to_keep: int = 3,
-        best: str = "validation_loss",
         read_only: bool = False,
     ):
         self.directory = epath.Path(workdir) / "checkpoints"
@@ -55,7 +55,7 @@ class Checkpoints:
             [
                 keep.LatestN(max_to_keep),
                 keep.BestN(
-                    get_metric_fn=lambda metrics: metrics[best],
+                    get_metric_fn=lambda metrics: metrics[SCORE],
                     reverse=True,
                     n=1,
                     keep_checkpoints_without_metrics=False,
@@ -64,7 +64,7 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            best_fn=lambda metrics: metrics[best],
+            best_fn=lambda metrics: metrics[SCORE],
             best_mode="min",
             create=not read_only,
             read_only=read_only,
@@ -105,7 +105,7 @@ class Checkpoints:
         step: int,
         config: ConfigDict,
         data: dict[str, Any],
-        metrics: dict[str, float] | None = None,
+        score: float | None = None,
         source: dict[str, Any] | None = None,
     ) -> None:
         """Starts writing a checkpoint in the background; `wait` ends it. Repeats are ignored.
@@ -115,7 +115,7 @@ class Checkpoints:
             step: its step.
             config: the config that made it.
             data: the data iterator's state.
-            metrics: what decides on the best checkpoint.
+            score: what decides on the best checkpoint, smaller is better: FID, or validation loss.
             source: `DataSource.facts`, so that sampling needs no data set.
         """
         if step in self._manager.all_steps():
@@ -130,7 +130,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data),
                 source=ocp.args.JsonSave(source or {}),
             ),
-            metrics=metrics,
+            metrics=None if score is None else {SCORE: score},
         )
 
     def restore(self, abstract: TrainState, which: int | str = "last") -> Restored:

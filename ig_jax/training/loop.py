@@ -8,7 +8,7 @@ import functools
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -78,7 +78,9 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
     config, mesh = experiment.config, experiment.mesh
     options = step_options(config, experiment.spec.null_label, source)
     optimizer_options = config_lib.optimizer_options(config)
-    transform = optimizer_lib.make_optimizer(optimizer_options, experiment.shapes)
+    transform = optimizer_lib.make_optimizer(
+        optimizer_options, experiment.shapes, functools.partial(sharding.over_layers, mesh)
+    )
 
     def init(key: jax.Array) -> state_lib.TrainState:
         model = dit.DiT(
@@ -234,6 +236,13 @@ class Trainer:
         self.ema: Params | None = None
         self._stop = False
         self._check_workdir()
+        self.evaluation = None
+        if config.evaluation.every:
+            from ig_jax.evaluation import evaluate
+
+            self.evaluation = evaluate.TrainingEvaluation(
+                self.experiment, self.source, workdir, self.drawer
+            )
 
     def _check_workdir(self) -> None:
         """Refuses a workdir whose checkpoints another config made, before anything is written."""
@@ -273,6 +282,21 @@ class Trainer:
         total, weight = np.sum(jax.device_get(sums), axis=0)
         return float(total / weight)
 
+    def _score(self, params: Params, step: int, saving: bool, writer: Any) -> float | None:
+        """Validates and evaluates when due; returns what ranks checkpoints, if it is known."""
+        config, score = self.config, None
+        every = config.train.validate_every
+        if self.source.validation is not None and every and (saving or step % every == 0):
+            score = self._validation_loss(params)
+            writer.write_scalars(step, {"validation_loss": score})
+        if self.evaluation is not None:
+            score = None
+            if step % config.evaluation.every == 0:
+                scores = self.evaluation(params)
+                writer.write_scalars(step, {f"evaluation/{k}": v for k, v in scores.items()})
+                score = scores["fid"]
+        return score
+
     @functools.cached_property
     def drawer(self) -> sampling.Drawer:
         """The sampler for pictures during training."""
@@ -289,6 +313,23 @@ class Trainer:
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             path = self.workdir / "samples" / f"step_{step:07d}.png"
             pictures.save_image(path, pictures.labelled_grid(images, names[: len(images)]))
+
+    def sample_scales(self, scales: Sequence[float], columns: int = 10) -> epath.Path:
+        """Writes a grid of the same noise and labels at each IG scale, a row each."""
+        indices = np.arange(columns)
+        labels = sampling.choose_labels("balanced", indices, self.spec_classes, self.config.seed)
+        guidance = config_lib.guidance(self.config)
+        rows, titles = [], []
+        for scale in scales:
+            at_scale = guidance.replace(ig_scale=float(scale))
+            x = self.drawer.draw(self.ema, at_scale, self.config.seed, indices, labels)
+            rows.append(x)
+            titles += [f"w = {scale:g}"] * len(x)
+        path = self.workdir / "samples" / "scales.png"
+        if is_primary() and self.to_images is not None:
+            images = self.to_images(np.concatenate(rows))
+            pictures.save_image(path, pictures.labelled_grid(images, titles, len(rows[0])))
+        return path
 
     @property
     def spec_classes(self) -> int:
@@ -367,6 +408,8 @@ class Trainer:
             last = step == train.num_steps
             stopping = self._stop or checkpoints.preempted(step)
             saving = last or stopping or step % train.checkpoint_every == 0
+            # An evaluated step is saved too: it may turn out to be the best.
+            saving |= self.evaluation is not None and step % self.config.evaluation.every == 0
             for hook in hooks:
                 hook(step)
             if saving or step % train.log_every == 0:
@@ -389,16 +432,12 @@ class Trainer:
                 advance(step - clock_step, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
                 totals = metrics_lib.TrainMetrics.empty()
                 clock, clock_step = time.monotonic(), step
-            metrics = None
-            due = train.validate_every and step % train.validate_every == 0
-            if self.source.validation is not None and (due or (train.validate_every and saving)):
-                metrics = {"validation_loss": self._validation_loss(state.ema)}
-                writer.write_scalars(step, metrics)
+            score = self._score(state.ema, step, saving, writer)
             if train.sample_every and (step % train.sample_every == 0 or last):
                 self._sample_grid(state.ema, step)
             if saving:
                 checkpoints.save(
-                    state, step, self.config, batches.state, metrics, self.source.facts()
+                    state, step, self.config, batches.state, score, self.source.facts()
                 )
             if stopping and not last:
                 checkpoints.close()
@@ -458,5 +497,11 @@ def run(config: ConfigDict, workdir: str) -> str:
     if config.evaluation.at_end:
         from ig_jax.evaluation import evaluate
 
-        evaluate.at_end(trainer.experiment, trainer.ema, trainer.source, workdir)
+        last_line = evaluate.at_end(
+            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.drawer
+        )
+        grid = trainer.sample_scales(config.evaluation.ig_scales or (1.0, config.guidance.ig_scale))
+        return (
+            f"trained {config.train.num_steps} steps; {last_line}; the same noise at each: {grid}"
+        )
     return f"trained {config.train.num_steps} steps; checkpoints, samples and logs are in {workdir}"

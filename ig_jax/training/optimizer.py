@@ -150,12 +150,23 @@ def gradient_norm(options: OptimizerOptions, gradients: Params) -> jax.Array:
     return optax.tree.norm(kept)
 
 
-def make_optimizer(options: OptimizerOptions, params: Params) -> optax.GradientTransformation:
+# map_matrices(function, x): the function's value at stacked matrices x, whoever computes it.
+MapMatrices = Callable[[Callable[[jax.Array], jax.Array], jax.Array], jax.Array]
+
+
+def _here(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    return function(x)
+
+
+def make_optimizer(
+    options: OptimizerOptions, params: Params, map_matrices: MapMatrices = _here
+) -> optax.GradientTransformation:
     """Builds the optimiser of a recipe; apply its updates with `optax.apply_updates`.
 
     Args:
         options: see `OptimizerOptions`.
         params: nested dict of a `DiT`'s float32 parameters (arrays or shape structs).
+        map_matrices: how Muon's iteration reaches the devices, such as `sharding.over_layers`.
 
     Returns:
         Clip by global norm, then the rule of each parameter group. The state is float32; frozen
@@ -173,7 +184,10 @@ def make_optimizer(options: OptimizerOptions, params: Params) -> optax.GradientT
         adam_rate = lambda step: options.adam_learning_rate_scale * rate(step)  # noqa: E731
     decayed_step = scale_by_decayed_step(rate, options.muon_weight_decay)
     muon = scale_by_muon(
-        options.momentum, options.newton_schulz_steps, jnp.dtype(options.newton_schulz_dtype)
+        options.momentum,
+        options.newton_schulz_steps,
+        jnp.dtype(options.newton_schulz_dtype),
+        map_matrices,
     )
     rules = {
         "adam": optax.adamw(
@@ -231,7 +245,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    momentum: float = 0.95, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16
+    momentum: float = 0.95,
+    steps: int = 5,
+    dtype: jnp.dtype = jnp.bfloat16,
+    map_matrices: MapMatrices = _here,
 ) -> optax.GradientTransformation:
     """Muon's update direction as the LightningDiT release computes it (Jordan et al. 2024).
 
@@ -243,11 +260,14 @@ def scale_by_muon(
         momentum: β of `m ← β·m + (1 − β)·g` and of the Nesterov mix `u = (1 − β)·g + β·m`.
         steps: number of Newton–Schulz iterations.
         dtype: dtype of the operands of the iteration's matrix products.
+        map_matrices: applies the iteration to matrices that are stored in pieces.
 
     Returns:
         A transformation of matrices named as a `DiT` names them; those of stacked blocks have a
         leading layer axis and are treated layer by layer. Updates still await the learning rate.
     """
+
+    iterate = functools.partial(orthogonalize, steps=steps, dtype=dtype)
 
     def init(params: optax.Params) -> MuonState:
         return MuonState(jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), params))
@@ -262,7 +282,7 @@ def scale_by_muon(
         buffer = mix(state.momentum, gradients)
 
         def direction(path: tuple[Any, ...], u: jax.Array) -> jax.Array:
-            return _muon_scale(path, u) * orthogonalize(u, steps, dtype)
+            return _muon_scale(path, u) * map_matrices(iterate, u)
 
         updates = jax.tree_util.tree_map_with_path(direction, mix(buffer, gradients))
         return updates, MuonState(buffer)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -55,10 +55,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
                 f"config.mesh.data is {data}: expected a multiple of the number of slices, {slices}"
             )
         grid = mesh_utils.create_hybrid_device_mesh(
-            (data // slices, fsdp), (slices, 1), devices=devices
+            (data // slices, fsdp), (slices, 1), devices=devices, allow_split_physical_axes=True
         )
     else:
-        grid = mesh_utils.create_device_mesh((data, fsdp), devices=devices)
+        grid = mesh_utils.create_device_mesh(
+            (data, fsdp), devices=devices, allow_split_physical_axes=True
+        )
     return Mesh(grid, AXES)
 
 
@@ -70,9 +72,13 @@ def parameter_spec(path: Sequence[Any], shape: Sequence[int], fsdp: int) -> P:
         shape: its shape.
         fsdp: size of the mesh's `fsdp` axis.
     """
-    if fsdp == 1 or np.prod(shape, dtype=np.int64) < _SMALL:
-        return P()
     stacked = any(getattr(key, "key", getattr(key, "name", None)) in _STACKS for key in path)
+    return _spec(shape, stacked, fsdp)
+
+
+def _spec(shape: Sequence[int], stacked: bool, fsdp: int) -> P:
+    if fsdp == 1 or math.prod(shape) < _SMALL:
+        return P()
     candidates = [i for i in range(int(stacked), len(shape)) if shape[i] % fsdp == 0]
     if not candidates:
         return P()
@@ -125,6 +131,8 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
         `network(x, t, y) -> Prediction` of global arrays whose leading axis the mesh's size
         divides; to be called, and differentiated, inside `jit`.
     """
+    if mesh.size == 1:
+        return merge(graphdef, params)
     specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
 
     def in_scan(path: Sequence[Any], leaf: Any) -> bool:
@@ -149,6 +157,51 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
     rows = P(AXES)
     run = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)
     return lambda x, t, y: run(params, x, t, y)
+
+
+def over_layers(
+    mesh: Mesh, function: Callable[[jax.Array], jax.Array], stack: jax.Array
+) -> jax.Array:
+    """Applies a function of whole matrices to a stack of layers, each on a few of the devices.
+
+    Muon's iteration costs more than the forward pass of a small batch; repeated on every device, or
+    split within matrices, it would dominate a step. Pieces of layers are exchanged for whole layers
+    over `fsdp`, and back; `data` shares the layers further (Liu et al. 2025, "Muon is Scalable for
+    LLM Training", §2.3, shares them likewise).
+
+    Args:
+        mesh: the devices.
+        function: of (layers, M, N), each layer for itself, zero for zero.
+        stack: (layers, M, N) as `state_sharding` places it. Single matrices are left to XLA.
+
+    Returns:
+        `function(stack)`, placed like it.
+    """
+    data, fsdp = (mesh.shape[axis] for axis in AXES)
+    spec = _spec(stack.shape, True, fsdp) if stack.ndim == 3 else P()
+    if mesh.size == 1 or stack.ndim < 3 or (fsdp > 1 and "fsdp" not in spec):
+        return function(stack)
+    count = len(stack)
+    # Layers of one fsdp group, and the smallest sharing over `data` that covers all layers.
+    share = fsdp * math.ceil(count / mesh.size)
+    sharing = next(n for n in range(1, data + 1) if data % n == 0 and n * share >= count)
+    teams = [list(range(first, first + sharing)) for first in range(0, data, sharing)]
+
+    def local(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, sharing * share - count), (0, 0), (0, 0)))
+        first = jax.lax.axis_index("data") % sharing * share
+        x = jax.lax.dynamic_slice_in_dim(x, first, share)
+        if fsdp > 1:
+            axis = spec.index("fsdp")
+            x = jax.lax.all_to_all(x, "fsdp", split_axis=0, concat_axis=axis, tiled=True)
+        x = function(x)
+        if fsdp > 1:
+            x = jax.lax.all_to_all(x, "fsdp", split_axis=axis, concat_axis=0, tiled=True)
+        x = jax.lax.all_gather(x, "data", axis_index_groups=teams, axis=0, tiled=True)
+        return x[:count]
+
+    # Unchecked: that all of `data` hold the same afterwards is beyond the types of shard_map.
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(stack)
 
 
 def by_rows(mesh: Mesh, function: Callable[..., Any], whole: int) -> Callable[..., Any]:

@@ -86,7 +86,7 @@ def test_best_and_numbered_steps(tmp_path):
 
     for step, loss in ((1, 0.5), (2, 0.1), (3, 0.3)):
         state = state_lib.TrainState(np.int32(step), full(-step), full(step), {"n": np.zeros(1)})
-        checkpoints.save(state, step, config, {}, {"validation_loss": loss})
+        checkpoints.save(state, step, config, {}, loss)
         checkpoints.wait()
     checkpoints.close()
     for which, ema, value in (("last", True, 3), ("best", True, 2), (1, True, 1), (3, False, -3)):

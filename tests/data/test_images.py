@@ -156,11 +156,20 @@ def test_tfds_bad_input(tfds_directory, tmp_path):
         images.TfdsImages("cifar11", "train", str(tmp_path))
 
 
+def test_a_folder_without_classes_is_unlabelled(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
+    Image.new("RGB", (20, 20), "blue").save(tmp_path / "a.png")
+    source = images.open_folder(str(tmp_path), 8)
+    assert (source.num_classes, source.class_names) == (0, ())
+    assert [int(source.train[i]["label"]) for i in range(2)] == [0, 0]
+    assert source.train[0]["x"][0, 0].tolist() == [0, 0, 255]
+
+
 def test_bad_folders(tmp_path):
     with pytest.raises(InputError, match="no such folder, expected images as class/name.jpg"):
         images.open_images(str(tmp_path / "none"))
-    (tmp_path / "picture.jpg").write_bytes(b"")
-    with pytest.raises(InputError, match="found picture.jpg, expected a folder for each class"):
+    (tmp_path / "notes.txt").write_bytes(b"")
+    with pytest.raises(InputError, match="found notes.txt, expected a folder for each class"):
         images.open_images(str(tmp_path))
     with pytest.raises(InputError, match="config.data.images is empty"):
         images.open_images("")

@@ -75,6 +75,7 @@ def batches(source, count=7, **options):
     """Model inputs and labels of the first batches."""
     iterator = pipeline.make_iterator(source.train, batch_size=6, seed=1, **options)
     for step, batch in zip(range(count), iterator, strict=False):
+        assert all(array.flags.c_contiguous for array in batch.values())
         key = jax.random.key(step)
         x = pipeline.model_input(batch, key, shift=source.shift, scale=source.scale)
         yield np.asarray(x), batch["label"]
@@ -152,6 +153,20 @@ def test_statistics_of_the_lightningdit_layout(root, tmp_path, suffix):
     np.testing.assert_allclose(source.scale, np.ravel(std), rtol=1e-5)
 
 
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_npy_files_as_numpy_writes_them(root, tmp_path, version, order):
+    shutil.copytree(root / "noisy" / "npy", tmp_path / "npy")
+    file = tmp_path / "npy" / "vae-sd" / "00000" / "img-latents-00000001.npy"
+    values = np.random.default_rng(0).standard_normal((8, 4, 4)).astype(">f8")
+    with file.open("wb") as stream:
+        np.lib.format.write_array(stream, np.asarray(values, order=order), version)
+    example = latents.open_latents(str(tmp_path / "npy")).train[1]
+    np.testing.assert_allclose(example["mean"], values[:4].transpose(1, 2, 0), rtol=1e-6)
+    np.testing.assert_allclose(example["std"], values[4:].transpose(1, 2, 0), rtol=1e-6)
+    assert example["std"].dtype == np.float32 and example["std"].dtype.isnative
+
+
 def test_half_precision_shards(tmp_path):
     values = np.linspace(-1, 1, 2 * 4 * 2 * 2, dtype=np.float32).reshape(2, 4, 2, 2)
     tensors = {"latents": torch.tensor(values).bfloat16(), "labels": torch.tensor([1, 0])}
@@ -180,7 +195,8 @@ def test_no_data_says_how_to_prepare_it(tmp_path):
     ):
         with pytest.raises(InputError, match=found) as error:
             latents.open_latents(path)
-        assert "--mode=prepare --config=… --config.data.images=/path" in str(error.value)
+        assert "--mode=prepare --config=configs/sit_xl_ig.py --config.data.im" in str(error.value)
+        assert "--config.data.autoencoder_path=" in str(error.value)
         assert "configs/digits_ig.py" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -265,14 +281,26 @@ def test_damaged_files_are_named(root, tmp_path):
 
 def test_classes_by_number_and_name():
     resolve = latents.resolve_classes
-    assert resolve("2, golden retriever,Tinca tinca", NAMES) == [2, 0, 1]
-    assert resolve([1, "Tiger Shark"], NAMES) == [1, 2]
-    assert resolve("3", ("3", "5")) == [0]  # names that are numbers come first
+    assert resolve("2, golden retriever,Tinca tinca", NAMES) == (2, 0, 1)
+    assert resolve([1, "Tiger Shark", np.int64(0)], NAMES) == (1, 2, 0)
+    assert resolve("3", ("3", "5")) == (0,)  # names that are numbers come first
     with pytest.raises(InputError, match="'tiger shrak' does not exist.*did you mean tiger shark"):
         resolve("tiger shrak", NAMES)
     with pytest.raises(InputError, match="class 3 does not exist: expected 0…2"):
         resolve("3", NAMES)
     with pytest.raises(InputError, match="no class named"):
         resolve([], NAMES)
+    with pytest.raises(InputError, match="no class named"):
+        resolve(" , ", NAMES)
     assert latents.class_names(1000)[207] == "golden retriever"
     assert latents.class_names(3) == ("0", "1", "2")
+
+
+def test_every_imagenet_class_is_found_by_its_whole_name():
+    names = latents.class_names(1000)
+    for label, name in enumerate(names):
+        assert latents.resolve_classes(name, names) == (label,)
+    together = f"{names[0]}, 5, {names[2].upper()}, cardigan"  # a garment, and also a dog's part
+    assert latents.resolve_classes(together, names) == (0, 5, 2, 474)
+    with pytest.raises(InputError, match=r"'panda' is 387 \(lesser panda.*\) or 388 \(giant pand"):
+        latents.resolve_classes("panda", names)

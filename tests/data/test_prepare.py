@@ -243,6 +243,15 @@ def test_another_preparation_is_refused(tree, undisturbed, change, message):
     assert content(undisturbed) == before
 
 
+def test_a_folder_without_classes_gives_unlabelled_latents(tree, tmp_path):
+    flat = tmp_path / "flat"
+    shutil.copytree(pathlib.Path(tree[0]) / "china", flat)
+    assert "9 images of 0 classes" in run(str(flat), tmp_path / "latents")
+    source = latents.open_latents(str(tmp_path / "latents"), num_validation=2)
+    assert (source.num_classes, source.class_names) == (0, ())
+    assert [int(source.train[i]["label"]) for i in range(7)] == [0] * 7
+
+
 def test_bad_input(tree, tmp_path):
     (tmp_path / "mine.txt").touch()
     with pytest.raises(InputError, match="found mine.txt, expected an empty directory"):

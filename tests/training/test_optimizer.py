@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 
+from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 from ig_jax.diffusion.loss import LossOptions, losses_at
 from ig_jax.errors import InputError
 from ig_jax.models.functional import merge, split

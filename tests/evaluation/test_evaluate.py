@@ -1,0 +1,457 @@
+"""Evaluation from end to end on a tiny model: routes, devices, records, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ig_jax import config as config_lib
+from ig_jax import sampling
+from ig_jax.convert.inception import inception_params
+from ig_jax.errors import InputError
+from ig_jax.evaluation import evaluate, metrics, protocol, sets, statistics
+from ig_jax.evaluation.features import DigitsExtractor, InceptionExtractor, digits_images
+from ig_jax.experiment import Experiment, make_to_images
+from tests.common import golden, seeded_weights
+from tests.evaluation.common import STEP, on_one_device, save_checkpoint, tiny_config, tiny_params
+
+ROOT = pathlib.Path(__file__).parents[2]
+GUIDANCE = 2  # of the results: IG scale 2
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    return Experiment.from_config(tiny_config())
+
+
+@pytest.fixture(scope="module")
+def source(experiment):
+    return experiment.open_data()
+
+
+@pytest.fixture(scope="module")
+def params(experiment):
+    return tiny_params(experiment)
+
+
+@pytest.fixture(scope="module")
+def workdir(experiment, params, tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("workdir")
+    save_checkpoint(experiment, params, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(experiment, params, source, workdir):
+    return evaluate.evaluate(experiment, params, source, workdir=workdir, step=STEP)
+
+
+@pytest.fixture(scope="module")
+def pictures(experiment, params, source) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of IG scale 2, and their labels, drawn by themselves."""
+    config = experiment.config
+    indices = np.arange(config.evaluation.num_samples)
+    labels = sampling.labels_for(config, indices, source.class_names)
+    guidance = config_lib.guidance(config).replace(ig_scale=2.0)
+    x = sampling.make_drawer(experiment).draw(params, guidance, config.seed, indices, labels)
+    return make_to_images(experiment, source)(x), labels
+
+
+def with_evaluation(experiment: Experiment, **fields) -> Experiment:
+    config = copy.deepcopy(experiment.config)
+    config.evaluation.update(fields)
+    return Experiment.from_config(config)
+
+
+def score_file(experiment, source, path, folder, **fields) -> protocol.Result:
+    changed = with_evaluation(experiment, samples=str(path), **fields)
+    return evaluate.evaluate_files(changed, source, folder)
+
+
+class TestDirect:
+    def test_metrics_are_those_of_the_pictures(self, results, pictures):
+        """From the definitions: the real set, the samples, and the library's functions."""
+        images, labels = pictures
+        extractor = DigitsExtractor()
+        real, drawn = extractor(digits_images()[0]).pool, extractor(images)
+        found = results[GUIDANCE].metrics
+        assert set(found) == {"fid", "precision", "recall", "label_accuracy"}
+        moments = [statistics.gaussian_statistics(f) for f in (drawn.pool, real)]
+        assert found["fid"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-6)
+        pair = metrics.precision_recall(real, drawn.pool)
+        assert (found["precision"], found["recall"]) == (pair.precision, pair.recall)
+        read = drawn.probabilities.argmax(1)
+        assert found["label_accuracy"] == np.mean(read == labels)
+
+    def test_a_setting_for_each_scale(self, results):
+        assert [r.protocol["ig_scale"] for r in results] == [0, 1, 2]
+        assert len({r.metrics["fid"] for r in results}) == 3
+        assert len({r.protocol["samples_hash"] for r in results}) == 3
+
+    def test_the_configs_guidance_where_no_scales_are_listed(self, experiment):
+        config = copy.deepcopy(experiment.config)
+        config.evaluation.ig_scales = ()
+        config.guidance.update(ig_scale=1.3, cfg_scale=1.2, cfg_interval=(0.1, 0.8))
+        assert evaluate.guidances(config) == [config_lib.guidance(config)]
+
+    def test_eight_devices_equal_one(self, experiment, source, results):
+        assert experiment.mesh.size == 8
+        one = on_one_device(experiment)
+        alone = evaluate.evaluate(one, tiny_params(one), source, step=STEP)
+        for a, b in zip(results, alone, strict=True):
+            # A pixel may round the other way, where devices sum in another order.
+            assert a.metrics["fid"] == pytest.approx(b.metrics["fid"], rel=1e-3)
+            assert a.metrics["label_accuracy"] == pytest.approx(b.metrics["label_accuracy"])
+            assert a.protocol["weights_hash"] == b.protocol["weights_hash"]
+
+    def test_run_writes_results_only(self, experiment, workdir, results, capsys):
+        before = {path for path in workdir.rglob("*")}
+        line = evaluate.run(experiment.config, str(workdir))
+        new = [path for path in workdir.rglob("*") if path not in before]
+        assert {path.suffix for path in new} == {".json", ".png"}
+        assert all(path.parent == workdir / "evaluation" for path in new)
+        stored = protocol.load(next(path for path in new if path.suffix == ".json"))
+        assert [r.metrics for r in stored] == [r.metrics for r in results]
+        assert stored[0].protocol == results[0].protocol
+        printed = capsys.readouterr().out
+        for word in ("IG 2", "Fréchet distance", "precision", "recall", "label accuracy"):
+            assert word in printed
+        assert new[0].stem in line
+
+    def test_raw_weights(self, experiment, workdir):
+        config = copy.deepcopy(experiment.config)
+        config.sampler.ema = False
+        raw, _ = evaluate.load_weights(Experiment.from_config(config), workdir)
+        ema, step = evaluate.load_weights(experiment, workdir)
+        assert step == STEP
+        assert protocol.weights_hash(raw) != protocol.weights_hash(ema)
+
+    def test_plot_has_axes_units_and_legend(self, results):
+        figure = evaluate.plot(results)
+        assert len(figure.axes) == 2
+        for axes in figure.axes:
+            assert axes.get_xlabel() == "IG scale w" and axes.get_ylabel()
+            assert axes.get_legend() is not None
+
+    def test_few_samples_are_noted(self, experiment, source, params):
+        few = with_evaluation(experiment, num_samples=48, ig_scales=(1.0,))
+        (result,) = evaluate.evaluate(few, params, source)
+        assert "48 samples with 64 features" in result.notes[0]
+
+    def test_during_training(self, experiment, source, params, tmp_path):
+        drawer = sampling.make_drawer(experiment)
+        during = evaluate.TrainingEvaluation(experiment, source, tmp_path, drawer)
+        scores = during(params)
+        assert during(params) == scores
+        small = with_evaluation(experiment, num_samples=96, ig_scales=())
+        (result,) = evaluate.evaluate(small, params, source)
+        assert scores == result.metrics and "fid" in scores
+
+    def test_not_finite(self, experiment, source, params):
+        broken = {**params, "position": params["position"] * np.nan}
+        with pytest.raises(InputError, match="IG 0 are not finite"):
+            evaluate.evaluate(experiment, broken, source)
+
+
+class TestFiles:
+    @pytest.fixture
+    def folder(self, pictures, experiment, params, results, tmp_path) -> pathlib.Path:
+        """What `--mode=sample` leaves: an .npz, PNGs, labels and the protocol."""
+        images, labels = pictures
+        np.savez(tmp_path / "samples.npz", images)
+        (tmp_path / "images").mkdir()
+        for i, image in enumerate(images):
+            Image.fromarray(image[..., 0]).save(tmp_path / "images" / f"{i}.png")
+        text = "\n".join(f"{i:06d} {label} {label}" for i, label in enumerate(labels))
+        (tmp_path / "labels.txt").write_text(text + "\n")
+        record = protocol.sampling_record(
+            experiment.config,
+            config_lib.guidance(experiment.config).replace(ig_scale=2.0),
+            step=STEP,
+            weights=protocol.weights_hash(params),
+            ema=True,
+        )
+        protocol.save_sampling(tmp_path / "protocol.json", record, len(images))
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["samples.npz", "images"])
+    def test_equal_the_direct_route_exactly(self, experiment, source, folder, results, name):
+        found = score_file(experiment, source, folder / name, folder)
+        direct = results[GUIDANCE]
+        assert found.metrics == direct.metrics
+        assert found.protocol == direct.protocol | {"samples": str(folder / name)}
+
+    def test_unknown_origin(self, experiment, source, folder):
+        (folder / "labels.txt").unlink()
+        (folder / "protocol.json").unlink()
+        found = score_file(experiment, source, folder / "samples.npz", folder)
+        assert "label_accuracy" not in found.metrics
+        assert found.protocol["sampler"] is None
+        assert "sampling unknown" in protocol.line(found)
+
+    def test_facts_of_another_number_of_pictures_are_ignored(self, folder, pictures):
+        images, labels = pictures
+        found, record = sets.stored_facts(folder / "samples.npz", len(images))
+        np.testing.assert_array_equal(found, labels)
+        assert record["checkpoint_step"] == STEP
+        assert sets.stored_facts(folder / "samples.npz", len(images) - 1) == (None, None)
+
+    def test_natural_order(self, folder, pictures):
+        opened = sets.open_images(folder / "images")
+        assert [file.name for file in opened.files[:3]] == ["0.png", "1.png", "2.png"]
+        np.testing.assert_array_equal(np.concatenate(list(opened.chunks(50))), pictures[0])
+
+
+class TestReference:
+    @pytest.fixture(scope="class")
+    def extractor(self):
+        return DigitsExtractor()
+
+    @pytest.fixture
+    def data(self, experiment, source):
+        return sets.DataImages(source, make_to_images(experiment, source), "digits")
+
+    def test_the_data_set_is_all_of_it(self, extractor, data, tmp_path):
+        found = sets.open_reference("", extractor, data, tmp_path)
+        assert found.metadata["count"] == 1797 and found.metadata["resolution"] == [8, 8]
+        expected = statistics.gaussian_statistics(extractor(digits_images()[0]).pool)
+        np.testing.assert_allclose(found.pool.covariance, expected.covariance, atol=1e-9)
+        assert found.features.shape == (1797, 64)
+
+    def test_cache(self, extractor, data, tmp_path, monkeypatch):
+        first = sets.open_reference("", extractor, data, tmp_path)
+        monkeypatch.setattr(sets.DataImages, "features", None)  # computing again would fail
+        again = sets.open_reference("", extractor, data, tmp_path)
+        np.testing.assert_array_equal(first.pool.mean, again.pool.mean)
+        assert first.metadata == again.metadata
+        other = DigitsExtractor(seed=1)
+        with pytest.raises(TypeError):
+            sets.open_reference("", other, data, tmp_path)
+
+    def test_statistics_and_images_give_the_same(self, extractor, data, tmp_path):
+        """Our statistics file, ADM's layout (moments and images), and images alone."""
+        images, _ = digits_images()
+        ours = sets.open_reference("", extractor, data, tmp_path / "cache")
+        statistics.save_statistics(tmp_path / "ours.npz", ours)
+        np.savez(tmp_path / "images.npz", images)
+        moments = {"mu": ours.pool.mean, "sigma": ours.pool.covariance}
+        np.savez(tmp_path / "adm.npz", arr_0=images, **moments)
+        for name in ("ours", "images", "adm"):
+            path = str(tmp_path / f"{name}.npz")
+            found = sets.open_reference(path, extractor, data, tmp_path / "cache")
+            assert metrics.frechet_distance(found.pool, ours.pool) < 1e-9
+            order = [np.lexsort(r.features.T) for r in (found, ours)]
+            np.testing.assert_allclose(found.features[order[0]], ours.features[order[1]], atol=1e-5)
+            assert found.metadata["name"] == f"{name}.npz"
+            assert found.metadata["hash"] == protocol.file_hash(path)
+            assert found.metadata["resolution"] == [8, 8]
+
+    def test_moments_alone_give_no_precision(self, experiment, source, pictures, data, tmp_path):
+        ours = sets.open_reference("", DigitsExtractor(), data, None)
+        np.savez(tmp_path / "mu.npz", mu=ours.pool.mean, sigma=ours.pool.covariance)
+        np.savez(tmp_path / "samples.npz", pictures[0])
+        found = score_file(
+            experiment,
+            source,
+            tmp_path / "samples.npz",
+            tmp_path,
+            reference=str(tmp_path / "mu.npz"),
+        )
+        assert set(found.metrics) == {"fid"}
+        assert "no precision and recall" in found.notes[0]
+
+    def test_another_width(self, extractor, data, tmp_path):
+        np.savez(tmp_path / "x.npz", mu=np.zeros(5), sigma=np.eye(5))
+        with pytest.raises(InputError, match="statistics of 5 features, expected 64 of digits-mlp"):
+            sets.open_reference(str(tmp_path / "x.npz"), extractor, data, None)
+
+    def test_another_extractor(self, data, extractor, tmp_path):
+        ours = sets.open_reference("", extractor, data, None)
+        statistics.save_statistics(tmp_path / "ours.npz", ours)
+        with pytest.raises(InputError, match="statistics of another feature extractor"):
+            sets.open_reference(str(tmp_path / "ours.npz"), DigitsExtractor(seed=1), data, None)
+
+    def test_at_most_ten_thousand_vectors_are_kept(self):
+        kept = sets._kept(50_000)
+        assert len(kept) == 10_000 and kept[0] == 0 and kept[-1] == 49_999
+        np.testing.assert_array_equal(sets._kept(5), np.arange(5))
+
+
+class TestBadInput:
+    @pytest.fixture
+    def bad(self, experiment, source, tmp_path):
+        """Scores a bad sample set; nothing may be written then."""
+
+        def score(path, **fields):
+            out = tmp_path / "out"
+            with pytest.raises(InputError) as caught:
+                score_file(experiment, source, path, out, **fields)
+            assert "\n" not in str(caught.value)
+            return str(caught.value)
+
+        return score
+
+    def test_missing(self, bad, tmp_path):
+        assert "no such file or folder" in bad(tmp_path / "no.npz")
+        np.savez(tmp_path / "x.npz", np.zeros((8, 8, 8, 1), np.uint8))
+        assert "no such file" in bad(tmp_path / "x.npz", reference=str(tmp_path / "no.npz"))
+
+    @pytest.mark.parametrize(
+        "array, message",
+        [
+            (np.zeros((4, 8, 8, 1), np.float32), "float32"),
+            (np.zeros((4, 8, 8), np.uint8), r"(4, 8, 8)"),
+            (np.asarray([{}, None], object), "pickled Python objects, refused"),
+        ],
+    )
+    def test_arrays(self, bad, tmp_path, array, message):
+        np.savez(tmp_path / "x.npz", array)
+        assert message in bad(tmp_path / "x.npz")
+
+    def test_another_resolution(self, bad, tmp_path):
+        np.savez(tmp_path / "x.npz", np.zeros((100, 16, 16, 1), np.uint8))
+        assert "samples are 16x16: reference digits data set has 8x8" in bad(tmp_path / "x.npz")
+
+    def test_colour_for_digits(self, bad, tmp_path):
+        np.savez(tmp_path / "x.npz", np.zeros((100, 8, 8, 3), np.uint8))
+        assert "expected (N, 8, 8, 1)" in bad(tmp_path / "x.npz")
+
+    def test_folders(self, bad, tmp_path):
+        folder = tmp_path / "pictures"
+        folder.mkdir()
+        assert "holds no .png files" in bad(folder)
+        Image.new("RGBA", (8, 8)).save(folder / "0.png")
+        assert "0.png: PNG of mode RGBA" in bad(folder)
+        Image.new("L", (8, 8)).save(folder / "0.png")
+        Image.new("L", (9, 8)).save(folder / "1.png")
+        assert "1.png: picture of shape (8, 9, 1)" in bad(folder)
+        (folder / "1.png").write_bytes(b"not a picture")
+        assert "1.png: not a readable PNG" in bad(folder)
+
+    def test_labels_file(self, bad, tmp_path):
+        np.savez(tmp_path / "x.npz", np.zeros((2, 8, 8, 1), np.uint8))
+        (tmp_path / "labels.txt").write_text("0\n1\n")
+        assert "expected lines of index, label and name" in bad(tmp_path / "x.npz")
+
+    def test_protocol_file(self, bad, tmp_path):
+        np.savez(tmp_path / "x.npz", np.zeros((2, 8, 8, 1), np.uint8))
+        (tmp_path / "protocol.json").write_text("{}")
+        assert "not the protocol of a sample set" in bad(tmp_path / "x.npz")
+
+    def test_inception_weights(self, experiment, source, params, tmp_path):
+        wanted = with_evaluation(experiment, features="inception")
+        with pytest.raises(InputError, match="inception_path is empty.*https://"):
+            evaluate.evaluate(wanted, params, source)
+        path = str(tmp_path / "no.pth")
+        wanted = with_evaluation(experiment, features="inception", inception_path=path)
+        with pytest.raises(InputError, match="download https://"):
+            evaluate.evaluate(wanted, params, source)
+
+    def test_no_checkpoint(self, experiment, tmp_path):
+        with pytest.raises(InputError, match="no checkpoint"):
+            evaluate.run(experiment.config, str(tmp_path))
+        assert not list(tmp_path.iterdir())
+
+    def test_no_auxiliary_head(self, experiment, source, params):
+        config = copy.deepcopy(experiment.config)
+        config.model.auxiliary_depth = 0
+        headless = Experiment.from_config(config)
+        with pytest.raises(InputError, match="IG scale 0: expected 1 only"):
+            evaluate.evaluate(headless, params, source)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ig_jax.evaluation.metrics.FewSamplesWarning")
+def test_pictures_by_inception(experiment, tmp_path, monkeypatch):
+    """Small colour pictures against ADM's layout, by an Inception of seeded weights."""
+    shapes = json.loads(str(golden("inception_seeded")["shapes_json"]))
+    weights = inception_params(seeded_weights(shapes, True), "seeded")
+    extractor = InceptionExtractor(weights, "ab", batch_size=8)
+    monkeypatch.setattr(evaluate, "make_extractor", lambda config, mesh: extractor)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (24, 16, 16, 3), np.uint8)
+    real, drawn = images[:12], images[12:]
+    features = extractor(real)
+    moments = {}
+    for suffix, rows in (("", features.pool), ("_s", features.spatial)):
+        found = statistics.gaussian_statistics(rows)
+        moments |= {f"mu{suffix}": found.mean, f"sigma{suffix}": found.covariance}
+    np.savez(tmp_path / "adm.npz", arr_0=real, **moments)
+    for name, pictures in (("drawn", drawn), ("real", real)):
+        np.savez(tmp_path / f"{name}.npz", pictures)
+    reference = str(tmp_path / "adm.npz")
+    found = score_file(experiment, None, tmp_path / "drawn.npz", tmp_path, reference=reference)
+    assert set(found.metrics) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    read = extractor(drawn)
+    for name, rows, other in (
+        ("fid", read.pool, features.pool),
+        ("sfid", read.spatial, features.spatial),
+    ):
+        pair = [statistics.gaussian_statistics(r) for r in (rows, other)]
+        assert found.metrics[name] == pytest.approx(metrics.frechet_distance(*pair), rel=1e-4)
+    score = metrics.inception_score(read.probabilities)
+    assert found.metrics["inception_score"] == pytest.approx(score, rel=1e-6)
+    assert "12 samples with 2048 features" in found.notes[0]
+    assert found.protocol["resize"] == "TF1 bilinear to 299x299"
+    assert protocol.line(found).startswith("FID ")
+    same = score_file(experiment, None, tmp_path / "real.npz", tmp_path, reference=reference)
+    assert same.metrics["fid"] < 1e-3 * found.metrics["fid"]
+    assert (same.metrics["precision"], same.metrics["recall"]) == (1, 1)
+
+
+_TWO_PROCESSES = """
+import json, sys
+from ig_jax.training import processes
+processes.initialize("same")
+import jax
+from ig_jax.evaluation import evaluate
+from ig_jax.experiment import Experiment
+from tests.evaluation.common import tiny_config, tiny_params
+experiment = Experiment.from_config(tiny_config())
+assert jax.process_count() == 2
+source = experiment.open_data()
+results = evaluate.evaluate(experiment, tiny_params(experiment), source, workdir=sys.argv[1])
+config = experiment.config
+config.evaluation.samples = sys.argv[2]
+results.append(evaluate.evaluate_files(Experiment.from_config(config), source, sys.argv[1]))
+print(json.dumps([r.metrics for r in results]))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(experiment, source, results, pictures, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # More pictures than a chunk, so that both processes get some.
+    many = np.concatenate([pictures[0]] * 4)
+    np.savez(tmp_path / "many.npz", many)
+    children = []
+    for i in range(2):
+        extra = {
+            "IG_JAX_COORDINATOR": f"127.0.0.1:{port}",
+            "IG_JAX_PROCESS_ID": str(i),
+            "IG_JAX_NUM_PROCESSES": "2",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "-c", _TWO_PROCESSES, tmp_path, tmp_path / "many.npz"]
+        children.append(
+            subprocess.Popen(command, env=os.environ | extra, cwd=ROOT, stdout=subprocess.PIPE)
+        )
+    printed = [json.loads(child.communicate(timeout=300)[0].splitlines()[-1]) for child in children]
+    assert printed[0] == printed[1]
+    alone = score_file(experiment, source, tmp_path / "many.npz", tmp_path)
+    expected = [r.metrics for r in results] + [alone.metrics]
+    for a, b in zip(printed[0], expected, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)

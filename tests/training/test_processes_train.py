@@ -1,0 +1,113 @@
+"""Two real processes with four devices each train one model over loopback."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from ig_jax.training import processes, sharding
+from ig_jax.training.checkpoint import Checkpoints
+from tests.training import meshes
+from tests.training.test_processes import environment, free_port, place
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow
+
+
+def start(arguments, port, process_id, log):
+    """Starts one of two processes; its output goes to the file `log`."""
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    with open(log, "w") as output:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=environment(**place(port, process_id, 2), **devices),
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+def wait(children, logs, timeout=300):
+    """Waits for all; returns their exit codes, or kills them and fails."""
+    try:
+        return [child.wait(timeout) for child in children]
+    except subprocess.TimeoutExpired:
+        for child in children:
+            child.kill()
+        pytest.fail("\n".join(log.read_text()[-3000:] for log in logs))
+
+
+def test_two_processes_learn_draw_and_restore_what_one_does(tmp_path):
+    config = meshes.wide_config()
+    one = meshes.train_and_draw(config, sharding.make_mesh(devices=jax.devices()[:1]))
+    saved = meshes.train_and_draw(config, sharding.make_mesh(1, 8)).state
+    checkpoints = Checkpoints(str(tmp_path))
+    checkpoints.save(saved, meshes.STEPS, config, {})
+    checkpoints.close()
+    port, output = free_port(), tmp_path / "result"
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    command = ["-m", "tests.training.meshes", str(tmp_path), str(output)]
+    children = [start(command, port, i, logs[i]) for i in range(2)]
+    assert wait(children, logs) == [0, 0], [log.read_text() for log in logs]
+    samples, expected = [], jax.tree.leaves(jax.device_get(saved))
+    for i in range(2):
+        with np.load(f"{output}.{i}.npz") as file:
+            np.testing.assert_allclose(file["losses"], one.losses, rtol=1e-5)
+            samples.append(file["samples"])
+            for k, leaf in enumerate(expected):
+                np.testing.assert_array_equal(file[f"leaf{k}"], leaf)
+    np.testing.assert_allclose(np.concatenate(samples), one.samples, atol=1e-4)
+
+
+def checkpoint_steps(workdir):
+    directory = workdir / "checkpoints"
+    names = [p.name for p in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_lost_process_ends_the_other_and_a_restart_continues(tmp_path, victim):
+    workdir = tmp_path / "run"
+    command = ["-m", "ig_jax.main", "--config=configs/digits_ig.py", f"--workdir={workdir}"]
+    fields = dict(
+        num_steps=100_000, checkpoint_every=20, validate_every=0, sample_every=0, batch_size=64
+    )
+    command += [f"--config.train.{name}={value}" for name, value in fields.items()]
+    command += ["--config.model.width=32", "--config.model.heads=2", "--config.mesh.fsdp=2"]
+    command += ["--config.evaluation.at_end=False"]
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    port = free_port()
+    children = [start(command, port, i, logs[i]) for i in range(2)]
+    try:
+        deadline = time.monotonic() + 300
+        while not checkpoint_steps(workdir):
+            assert all(child.poll() is None for child in children), logs[0].read_text()
+            assert time.monotonic() < deadline, logs[0].read_text()
+            time.sleep(0.2)
+        children[victim].send_signal(signal.SIGKILL)
+        survivor = children[1 - victim]
+        code = survivor.wait(timeout=60)
+    finally:
+        for child in children:
+            child.kill()
+    said = logs[1 - victim].read_text()
+    if code != -signal.SIGABRT:
+        # JAX's client may notice the loss of its coordinator first, with words of its own.
+        assert code == processes.EXIT_CODE_PEER_LOST, said
+        assert f"process {victim}" in said and "restart the run to continue" in said
+    last = checkpoint_steps(workdir)[-1]
+    command = [a.replace("num_steps=100000", f"num_steps={last + 3}") for a in command]
+    port = free_port()
+    children = [start(command, port, i, logs[i]) for i in range(2)]
+    assert wait(children, logs) == [0, 0], [log.read_text() for log in logs]
+    assert f"trained {last + 3} steps" in logs[0].read_text()
+    assert checkpoint_steps(workdir)[-1] == last + 3
