@@ -1,1 +1,61 @@
-"""Internal Guidance for diffusion transformers, in JAX and Flax NNX."""
+"""Internal Guidance for diffusion transformers, in JAX and Flax NNX.
+
+The names below are what a program that uses the library needs. Each is imported when it is first
+used, so that `import ig_jax` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what the table below stands for, where editors and type checkers look
+    from ig_jax.convert.autoencoder import autoencoder_from_pytorch
+    from ig_jax.convert.pytorch import add_auxiliary_head, from_pytorch, to_pytorch
+    from ig_jax.convert.workdir import load_workdir
+    from ig_jax.diffusion.guidance import Guidance
+    from ig_jax.errors import InputError
+    from ig_jax.hub import Pretrained, from_pretrained, load_decoder
+    from ig_jax.library import Decoder, Samples, sample
+    from ig_jax.models.dit import DiT, DiTSpec, Prediction
+
+__all__ = [
+    "Decoder",
+    "DiT",
+    "DiTSpec",
+    "Guidance",
+    "InputError",
+    "Prediction",
+    "Pretrained",
+    "Samples",
+    "add_auxiliary_head",
+    "autoencoder_from_pytorch",
+    "from_pretrained",
+    "from_pytorch",
+    "load_decoder",
+    "load_workdir",
+    "sample",
+    "to_pytorch",
+]
+
+_MODULES = {
+    "convert.autoencoder": ("autoencoder_from_pytorch",),
+    "convert.pytorch": ("add_auxiliary_head", "from_pytorch", "to_pytorch"),
+    "convert.workdir": ("load_workdir",),
+    "diffusion.guidance": ("Guidance",),
+    "errors": ("InputError",),
+    "hub": ("Pretrained", "from_pretrained", "load_decoder"),
+    "library": ("Decoder", "Samples", "sample"),
+    "models.dit": ("DiT", "DiTSpec", "Prediction"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"ig_jax.{module}"), name)
+    raise AttributeError(f"module 'ig_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

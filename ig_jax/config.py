@@ -72,6 +72,8 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 flip=False,
                 num_validation=1024,
                 num_workers=0,
+                # Train on without shards that are damaged, instead of stopping with their names.
+                skip_damaged=False,
             ),
             loss=dict(
                 path=options.path,

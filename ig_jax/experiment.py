@@ -122,6 +122,7 @@ def open_source(config: ConfigDict, shape: tuple[int, int, int]) -> DataSource:
             expected_shape=shape,
             num_classes=config.model.num_classes or None,
             num_validation=data.num_validation,
+            skip_damaged=data.skip_damaged,
         )
     if data.name == "folder":
         return images.open_folder(data.path, data.image_size, data.num_validation)
@@ -183,7 +184,10 @@ def make_to_images(
 
 
 def run_prepare(config: ConfigDict, workdir: str | None) -> str:
-    """`--mode=prepare`: encodes `config.data.images` to latent shards in `config.data.path`."""
+    """`--mode=prepare`: encodes `config.data.images` to latent shards in `config.data.path`.
+
+    Raises `InputError` for an empty path, missing images or autoencoder, or a full disk.
+    """
     config_lib.validate(config)
     data = config.data
     if not data.path:

@@ -10,6 +10,7 @@ import argparse
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -216,11 +217,23 @@ def _read_pytorch(file: epath.Path) -> Any:
     try:
         # Training scripts of the DiT family store their flags as an argparse.Namespace, which is
         # plain data.
-        with file.open("rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(stream, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = _load_pytorch(file)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(_pytorch_failure(file, error)) from error
     return _to_numpy(content)
+
+
+def _load_pytorch(file: epath.Path) -> Any:
+    """Reads a PyTorch file; a local one is mapped, so that what nobody uses is never read."""
+    import torch
+
+    options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
+    path = os.fspath(file)
+    if os.path.isfile(path) and zipfile.is_zipfile(path):
+        return torch.load(path, mmap=True, **options)
+    with file.open("rb") as stream:
+        return torch.load(stream, **options)
 
 
 def _pytorch_failure(file: epath.Path, error: Exception) -> str:

@@ -390,7 +390,8 @@ def sample(
         trajectory: whether to return every intermediate x too (fixed-grid samplers only).
 
     Returns:
-        (B, H, W, C) float32 samples in model space, and (N, B, H, W, C) or None.
+        (B, H, W, C) float32 samples in model space, and (N, B, H, W, C) or None. Raises
+        `InputError` for an unknown sampler, no interval, or a trajectory of the adaptive sampler.
     """
     check_name(name)
     x = initial_noise(keys, shape)

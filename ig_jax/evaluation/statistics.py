@@ -89,7 +89,7 @@ class RunningStatistics:
             self._pending = [rows[full:]]
 
     def merge(self, other: RunningStatistics) -> None:
-        """Adds everything that `other` has seen."""
+        """Adds everything that `other` has seen; raises `InputError` for another width."""
         if other.width != self.width:
             raise InputError(f"statistics: merging width {other.width} into {self.width}")
         self._flush()
@@ -256,7 +256,10 @@ class NpzImages:
         return self.shape[0]
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
-        """Yields (≤ size, H, W, C) uint8 arrays that together are the whole array."""
+        """Yields (≤ size, H, W, C) uint8 arrays that together are the whole array.
+
+        Raises `InputError` for a damaged or truncated file.
+        """
         with self._stream() as stream:
             self._read_header(stream)
             row_bytes = int(np.prod(self.shape[1:]))

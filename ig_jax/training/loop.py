@@ -3,10 +3,12 @@ workdir it continues by itself, bit for bit as if it had never stopped (on one C
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -336,12 +338,25 @@ class Trainer:
         """Number of classes the model knows."""
         return self.experiment.spec.num_classes
 
-    def _install_signals(self) -> None:
+    @contextlib.contextmanager
+    def _stopping_on_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and Ctrl-C ask for a checkpoint and an orderly end."""
+        alone = jax.process_count() == 1
+        if not alone or threading.current_thread() is not threading.main_thread():
+            # With several processes JAX's own handler tells all; see `Checkpoints.preempted`.
+            yield
+            return
+
         def stop(*_: Any) -> None:
             self._stop = True
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        previous = [signal.signal(number, stop) for number in numbers]
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, previous, strict=True):
+                signal.signal(number, handler)
 
     def run(self) -> None:
         """Trains to `config.train.num_steps`; `ema` then holds the trained weights."""
@@ -378,9 +393,9 @@ class Trainer:
                     every_secs=None,
                 )
             )
-        self._install_signals()
         total = config.train.num_steps
-        with console.progress_bar(total, "training", first_step) as advance:
+        bar = console.progress_bar(total, "training", first_step)
+        with self._stopping_on_signals(), bar as advance:
             state = self._steps(
                 state, first_step, batches, checkpoints, writer, hooks, schedule, advance
             )

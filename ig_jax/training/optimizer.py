@@ -315,12 +315,14 @@ def orthogonalize(x: jax.Array, steps: int = 5, dtype: jnp.dtype = jnp.bfloat16)
             preferred_element_type=jnp.float32,
         )
 
+    def iterate(_: int, x: jax.Array) -> jax.Array:
+        gram = product(x, x.mT)
+        return a * x + product(b * gram + c * product(gram, gram), x)
+
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)
     transpose = x.shape[-2] > x.shape[-1]
-    x = x.mT if transpose else x
-    for _ in range(steps):
-        gram = product(x, x.mT)
-        x = a * x + product(b * gram + c * product(gram, gram), x)
+    # A loop, not its unrolling, which takes a TPU's compiler minutes for a large network.
+    x = jax.lax.fori_loop(0, steps, iterate, x.mT if transpose else x)
     return x.mT if transpose else x
 
 

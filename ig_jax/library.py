@@ -1,0 +1,343 @@
+"""Sampling as a library function, for other people's programs: a model and labels in, pictures out.
+
+Pure: it can be called inside `jax.jit`, with traced labels, guidance scales and seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, overload
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ig_jax.diffusion import interpolant
+from ig_jax.diffusion import sampler as samplers
+from ig_jax.diffusion.guidance import Guidance, GuidedVelocity, Interval
+from ig_jax.errors import InputError
+from ig_jax.models import functional, sizes
+from ig_jax.models.autoencoder import Autoencoder, check_latents, to_uint8
+from ig_jax.models.dit import DiT, Network
+from ig_jax.models.functional import Params
+
+# family → sampler, its number of steps and its time shift: the published recipes (SPEC §4).
+RECIPES: dict[str, tuple[str, int, float]] = {
+    "sit": ("euler_maruyama", 250, 1.0),
+    "dit": ("ddpm", 250, 1.0),
+    "lightningdit": ("heun2", 125, 0.3),
+}
+_OTHER_STEPS = 50
+
+# Latents decoded at once: 256×256 activations of more would not fit beside a large model.
+_DECODED_AT_ONCE = 4
+
+
+@flax.struct.dataclass
+class Samples:
+    """Samples and how they came about.
+
+    Attributes:
+        samples: what `sample` returns without `trajectory=True`, (B, …).
+        trajectory: (N + 1, B, H, W, C) float32 in model space, from the initial noise to the last
+            step.
+        times: (N + 1,) float32 path times of the trajectory.
+    """
+
+    samples: jax.Array
+    trajectory: jax.Array
+    times: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Turns samples in model space into pictures; pure, so it also runs inside `jax.jit`.
+
+    Attributes:
+        autoencoder: whose decoder makes pictures of latents, or None for a model of pixels.
+        shift, scale: () or (C,), the latents are `x·scale + shift`. SD-VAE: 0 and 1/0.18215;
+            VA-VAE: mean and standard deviation of each channel.
+    """
+
+    autoencoder: Autoencoder | None = None
+    shift: np.ndarray | float = 0.0
+    scale: np.ndarray | float = 1.0
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Decodes a few pictures at a time, so that any batch fits into memory.
+
+        Args:
+            x: (B, h, w, C) float32 samples in model space.
+
+        Returns:
+            (B, H, W, 3) uint8; of a model of pixels (B, h, w, C) uint8.
+
+        Raises:
+            InputError: if the channels of `x` are not the autoencoder's.
+        """
+        latents = jnp.asarray(x) * self.scale + self.shift
+        if self.autoencoder is None:
+            return jnp.clip(jnp.round((latents + 1) * 127.5), 0, 255).astype(jnp.uint8)
+        check_latents(self.autoencoder.spec, latents.shape)
+        return _decode(*functional.split(self.autoencoder), latents)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
+    autoencoder = functional.merge(graphdef, params)
+    return jax.lax.map(
+        lambda z: to_uint8(autoencoder.decode(z[None])[0]), latents, batch_size=_DECODED_AT_ONCE
+    )
+
+
+@overload
+def sample(
+    model: DiT, labels: Any, *, trajectory: Literal[False] = ..., **options: Any
+) -> jax.Array: ...
+
+
+@overload
+def sample(model: DiT, labels: Any, *, trajectory: Literal[True], **options: Any) -> Samples: ...
+
+
+def sample(
+    model: DiT,
+    labels: Sequence[int] | np.ndarray | jax.Array,
+    *,
+    guidance: Guidance | None = None,
+    sampler: str | None = None,
+    num_steps: int | None = None,
+    time_shift: float | None = None,
+    seed: int | jax.Array = 0,
+    first_index: int | jax.Array = 0,
+    decoder: Callable[[jax.Array], jax.Array] | None = None,
+    trajectory: bool = False,
+    path: str | None = None,
+    prediction: str | None = None,
+) -> jax.Array | Samples:
+    """Draws samples with internal guidance, classifier-free guidance, both or neither.
+
+    What is not given follows the paper's recipe for `model.spec.family` (SPEC §4). New labels,
+    scales and seeds do not compile again; a new batch size or interval does. Inside another `jit`
+    labels, scales, `seed` and `first_index` may be traced.
+
+    Args:
+        model: from `from_pretrained`, `from_pytorch`, `load_workdir` or a training of yours.
+        labels: (B,) class labels, `num_classes` for none (∅); they fix the number of samples.
+        guidance: scales and intervals, such as `Guidance(ig_scale=1.4)`; none by default. Its
+            `weak` network, if any, takes the auxiliary head's place (Autoguidance).
+        sampler: a name of `ig_jax.diffusion.sampler.NAMES`.
+        num_steps: as the authors of that sampler count (`diffusion.sampler.time_grid`); 50 for one
+            that is not the recipe's.
+        time_shift: s of `t ← s·t/(1 + (s − 1)·t)` on the sampler's grid; 1 for none.
+        seed: 0…2³² − 1. Sample i depends on (seed, first_index + i) and its label alone, not on
+            the batch it is drawn in, and is the one that `--mode=sample` draws.
+        first_index: index of the first sample, to go on where an earlier call ended.
+        decoder: makes pictures of the samples, such as a `Decoder`.
+        trajectory: whether to return every step too (not with the adaptive sampler).
+        path, prediction: what the model was trained on, where it is not its family's path and
+            prediction (names of `diffusion.interpolant`).
+
+    Returns:
+        (B, H, W, C) float32 in model space (latents, or pixels in [−1, 1]), or what `decoder`
+        makes of it: (B, H', W', 3) uint8. With `trajectory=True` a `Samples` that holds this, every
+        step (N + 1, B, H, W, C) and its times.
+
+    Raises:
+        InputError: a label out of range or labels that are not (B,) integers; an unknown sampler or
+            path; no steps; an IG scale other than 1 for a model without an auxiliary head; CFG for
+            an unconditional model; a scale that is not finite.
+    """
+    guidance = guidance or Guidance()
+    _check_guidance(model, guidance)
+    family = sizes.family(model.spec.family)
+    path = path or family.path
+    name, num_steps, time_shift = _recipe(model.spec.family, path, sampler, num_steps, time_shift)
+    graphdef, params = functional.split(model)
+    weak, weak_params = _bind(guidance.weak)
+    settings = _Settings(
+        graphdef=graphdef,
+        weak=weak,
+        path=path,
+        prediction=_check_prediction(prediction or family.prediction),
+        ig_interval=tuple(guidance.ig_interval),
+        cfg_interval=tuple(guidance.cfg_interval),
+        # CFG of exactly 1 has no ∅ branch, which must be known before compiling.
+        cfg=not _is_one(guidance.cfg_scale),
+        name=name,
+        num_steps=num_steps,
+        time_shift=time_shift,
+        trajectory=trajectory,
+    )
+    x, visited, times = _draw(
+        settings,
+        params,
+        weak_params,
+        _check_labels(labels, model.spec.num_classes),
+        (_scalar(guidance.ig_scale), _scalar(guidance.cfg_scale)),
+        _check_seed(seed),
+        first_index,
+    )
+    pictures = x if decoder is None else decoder(x)
+    return Samples(pictures, visited, times) if trajectory else pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """Everything that a compiled sampler is fixed to; `weak` as `_bind` returns it."""
+
+    graphdef: nnx.GraphDef
+    weak: Any
+    path: str
+    prediction: str
+    ig_interval: Interval
+    cfg_interval: Interval
+    cfg: bool
+    name: str
+    num_steps: int
+    time_shift: float
+    trajectory: bool
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw(
+    settings: _Settings,
+    params: Params,
+    weak_params: Params | None,
+    labels: jax.Array,
+    scales: tuple[jax.Array, jax.Array],
+    seed: jax.Array,
+    first_index: jax.Array,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """The samples, and every step from the noise with its time if the settings ask for it."""
+    model = functional.merge(settings.graphdef, params)
+    path = interpolant.get(settings.path)
+    field = GuidedVelocity(
+        model,
+        labels,
+        model.spec.null_label,
+        path,
+        settings.prediction,
+        _unbind(settings.weak, weak_params),
+    )
+    guidance = Guidance(
+        scales[0],
+        settings.ig_interval,
+        scales[1] if settings.cfg else 1.0,
+        settings.cfg_interval,
+    )
+    shape = (model.spec.input_size, model.spec.input_size, model.spec.channels)
+    keys = samplers.sample_keys(seed, first_index + jnp.arange(labels.shape[0]))
+    steps = dict(num_steps=settings.num_steps, time_shift=settings.time_shift)
+    x, visited = samplers.sample(
+        field,
+        keys,
+        shape,
+        guidance,
+        name=settings.name,
+        trajectory=settings.trajectory,
+        **steps,
+    )
+    if not settings.trajectory:
+        return x, None, None
+    noise = samplers.initial_noise(keys, shape)
+    times = samplers.time_grid(settings.name, path=path, **steps)
+    return x, jnp.concatenate([noise[None], visited]), jnp.asarray(times, jnp.float32)
+
+
+def _bind(network: Network | None) -> tuple[Any, Params | None]:
+    """A network as something static and, for a module, its parameters."""
+    return functional.split(network) if isinstance(network, nnx.Module) else (network, None)
+
+
+def _unbind(bound: Any, params: Params | None) -> Network | None:
+    return bound if params is None else functional.merge(bound, params)
+
+
+def _recipe(
+    family: str, path: str, name: str | None, num_steps: int | None, time_shift: float | None
+) -> tuple[str, int, float]:
+    """What was asked for, completed by the family's recipe; checked before anything compiles."""
+    own_name, own_steps, own_shift = RECIPES[family]
+    name = own_name if name is None else name
+    samplers.check_name(name)
+    if num_steps is None:
+        num_steps = own_steps if name == own_name else _OTHER_STEPS
+    time_shift = own_shift if time_shift is None else time_shift
+    if not 0 < time_shift < float("inf"):
+        raise InputError(f"time_shift is {time_shift}: expected a positive number")
+    known_path = interpolant.get(path)
+    if name != samplers.ADAPTIVE:
+        samplers.time_grid(name, num_steps, known_path, time_shift)
+    return name, num_steps, float(time_shift)
+
+
+def _check_guidance(model: DiT, guidance: Guidance) -> None:
+    for field in ("ig_scale", "cfg_scale"):
+        scale = getattr(guidance, field)
+        if not _traced(scale) and not (np.ndim(scale) == 0 and np.isfinite(scale)):
+            raise InputError(f"{field} is {scale}: expected a finite number")
+    headless = model.spec.auxiliary_depth is None and guidance.weak is None
+    if headless and not _is_one(guidance.ig_scale):
+        raise InputError(
+            f"ig_scale is {_shown(guidance.ig_scale)}: expected 1, this model has no auxiliary "
+            "head (`add_auxiliary_head` adds one to train, `Guidance.weak` does without)"
+        )
+    if model.spec.num_classes == 0 and not _is_one(guidance.cfg_scale):
+        raise InputError(
+            f"cfg_scale is {_shown(guidance.cfg_scale)}: expected 1 for an unconditional model"
+        )
+
+
+def _check_prediction(prediction: str) -> str:
+    if prediction not in interpolant.PREDICTIONS:
+        raise InputError(
+            f"unknown prediction {prediction!r}: expected one of "
+            f"{', '.join(interpolant.PREDICTIONS)}"
+        )
+    return prediction
+
+
+def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: int) -> jax.Array:
+    """(B,) int32; labels that are known must be in range, traced ones are taken as they are."""
+    values = labels if _traced(labels) else np.asarray(labels)
+    if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.integer) or not len(values):
+        raise InputError(
+            f"labels are {values.dtype} of shape {values.shape}: expected (B,) integers, B ≥ 1"
+        )
+    if not _traced(labels):
+        outside = values[(values < 0) | (values > num_classes)]
+        if outside.size:
+            raise InputError(
+                f"label {outside[0]} is out of range: expected 0…{num_classes} "
+                f"({num_classes} is no class)"
+            )
+    return jnp.asarray(labels, jnp.int32)
+
+
+def _check_seed(seed: int | jax.Array) -> jax.Array | np.uint32:
+    if _traced(seed):
+        return seed
+    if not 0 <= int(seed) < 2**32:
+        raise InputError(f"seed is {seed}: expected 0…{2**32 - 1}")
+    return np.uint32(int(seed))
+
+
+def _traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def _shown(value: Any) -> str:
+    return "traced" if _traced(value) else str(value)
+
+
+def _is_one(scale: Any) -> bool:
+    return not _traced(scale) and float(scale) == 1
+
+
+def _scalar(scale: jax.Array | float) -> jax.Array:
+    return jnp.asarray(scale, jnp.float32)

@@ -1,0 +1,302 @@
+"""Published weights: the real hub client against a small server in place of the Hugging Face hub,
+with random checkpoints of a few thousand parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.server
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from huggingface_hub import constants
+
+import ig_jax
+from ig_jax import hub
+from ig_jax.convert import files
+from ig_jax.errors import InputError
+from ig_jax.models.autoencoder import AUTOENCODERS, AutoencoderSpec, PublishedAutoencoder
+from tests.common import golden, seeded_weights
+from tests.release import random_weights, release_shapes
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SPEC = ig_jax.DiTSpec.of(
+    "sit", "s", width=32, depth=3, heads=2, auxiliary_depth=1, input_size=4, num_classes=10
+)
+LIGHT = dataclasses.replace(
+    ig_jax.DiTSpec.of("lightningdit", "s", width=32, depth=2, heads=2, auxiliary_depth=1),
+    input_size=4,
+    channels=4,
+    num_classes=10,
+)
+VAE = AutoencoderSpec(32, (1, 2), 2, 4, (1,))
+
+
+def weights(spec):
+    """Random weights of `spec` under the release's names."""
+    shapes = release_shapes(
+        width=spec.width,
+        depth=spec.depth,
+        heads=spec.heads,
+        patch=spec.patch_size,
+        channels=spec.channels,
+        tokens=spec.tokens,
+        classes=spec.num_classes,
+        lightning=spec.rope,
+    )
+    return random_weights(shapes)
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The three requests of the hub's interface that the client makes."""
+
+    def _answer(self, body: bool) -> None:
+        path, files_ = self.path.split("?")[0], self.server.files
+        self.server.requests.append(f"{self.command} {path}")
+        if path.startswith("/api/models/") and path.endswith("/tree/main"):
+            repository = path.removeprefix("/api/models/").removesuffix("/tree/main")
+            content = json.dumps(
+                [
+                    {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
+                    for (where, name), data in files_.items()
+                    if where == repository
+                ]
+            ).encode()
+            headers = {"Content-Type": "application/json"}
+        else:
+            repository, _, name = path[1:].partition("/resolve/main/")
+            content = files_.get((repository, name))
+            if content is None:
+                self.send_response(404)
+                self.send_header("X-Error-Code", "EntryNotFound")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            digest = hashlib.sha256(content).hexdigest()
+            headers = {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
+        self.send_response(200)
+        for key, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def do_GET(self):
+        self._answer(body=True)
+
+    def do_HEAD(self):
+        self._answer(body=False)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """Bytes of the weight files that the server offers."""
+    folder = tmp_path_factory.mktemp("published")
+    contents = {}
+    for name, arrays in {
+        "sit": weights(SPEC),
+        "light": weights(LIGHT),
+        "vae": seeded_weights(json.loads(str(golden("vae_ldm_small")["shapes_json"]))),
+        "statistics": {
+            "mean": np.arange(4, dtype=np.float32).reshape(1, 4, 1, 1),
+            "std": np.full((1, 4, 1, 1), 2, np.float32),
+        },
+    }.items():
+        files.write_safetensors(folder / f"{name}.safetensors", arrays)
+        contents[name] = (folder / f"{name}.safetensors").read_bytes()
+    return contents
+
+
+@pytest.fixture
+def server(checkpoints, monkeypatch, tmp_path):
+    """A hub with one SiT, one LightningDiT and their autoencoders, and an empty cache."""
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    running.requests = []
+    running.files = {
+        ("lab/ig", "README.md"): b"# weights",
+        ("lab/ig", "SiT/0400000.safetensors"): checkpoints["sit"],
+        ("lab/ig", "Light/last.safetensors"): checkpoints["light"],
+        ("lab/vae", "vae.safetensors"): checkpoints["vae"],
+        ("lab/vae", "statistics.safetensors"): checkpoints["statistics"],
+    }
+    threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+    url = f"http://127.0.0.1:{running.server_port}"
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    for name, shift, scale in (("sd-small", 0.5, 4.0), ("va-small", None, None)):
+        published = PublishedAutoencoder(VAE, "lab/vae", "vae.safetensors", shift, scale)
+        monkeypatch.setitem(AUTOENCODERS, name, published)
+    monkeypatch.setitem(hub.STATISTICS, "va-small", "statistics.safetensors")
+    guidance = ig_jax.Guidance(1.4)
+    for name, file, spec, vae in (
+        ("sit-small-ig", "SiT/", SPEC, "sd-small"),
+        ("light-small-ig", "Light/last.safetensors", LIGHT, "va-small"),
+    ):
+        published = hub.Published("lab/ig", file, spec, vae, 80, guidance, 5.31)
+        monkeypatch.setitem(hub.PUBLISHED, name, published)
+    yield running
+    running.shutdown()
+    running.server_close()
+
+
+def test_downloads_once_and_then_needs_no_network(server, checkpoints, monkeypatch):
+    found = ig_jax.from_pretrained("sit-small-ig")
+    assert found.sha256 == hashlib.sha256(checkpoints["sit"]).hexdigest()
+    assert found.file.endswith("SiT/0400000.safetensors")
+    assert found.model.spec == SPEC and found.published.guidance.ig_scale == 1.4
+    expected = weights(SPEC)
+    for name, array in ig_jax.to_pytorch(found.model).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert (found.decoder.shift, found.decoder.scale) == (0.5, 4.0)
+    pictures = ig_jax.sample(
+        found.model,
+        [1, 2],
+        guidance=found.published.guidance,
+        decoder=found.decoder,
+        sampler="euler",
+        num_steps=2,
+    )
+    assert pictures.shape == (2, 8, 8, 3) and pictures.dtype == jnp.uint8
+
+    asked = len(server.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = ig_jax.from_pretrained("sit-small-ig", decoder=found.decoder)
+    assert (again.file, again.sha256) == (found.file, found.sha256)
+    assert len(server.requests) == asked
+
+
+def test_va_vae_latents_have_statistics_per_channel(server):
+    found = ig_jax.from_pretrained("light-small-ig")
+    assert found.model.spec == LIGHT
+    assert found.decoder.shift.tolist() == [0, 1, 2, 3]
+    assert found.decoder.scale.tolist() == [2, 2, 2, 2]
+
+
+def test_local_files_need_no_hub(server, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("sit", "vae", "statistics"):
+        (tmp_path / f"{name}.safetensors").write_bytes(checkpoints[name])
+    decoder = ig_jax.load_decoder(
+        "va-small",
+        weights=tmp_path / "vae.safetensors",
+        statistics=tmp_path / "statistics.safetensors",
+    )
+    path = tmp_path / "sit.safetensors"
+    found = ig_jax.from_pretrained("sit-small-ig", weights=path, decoder=decoder)
+    assert found.decoder is decoder and found.file == str(path)
+    plain = ig_jax.from_pretrained("sit-small-ig", weights=path, decoder=False, verify=False)
+    assert plain.decoder is None and plain.sha256 is None
+    with pytest.raises(InputError, match=r'needs huggingface_hub: pip install "ig_jax\[hub\]"'):
+        ig_jax.from_pretrained("sit-small-ig")
+
+
+def test_bad_input_gets_one_line(server, checkpoints, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="did you mean sit-xl-2-ig"):
+        ig_jax.from_pretrained("sit-xl-2-gi")
+    with pytest.raises(InputError, match="did you mean sd-vae-ft-ema"):
+        ig_jax.load_decoder("sd-vae-ft-emma")
+    with pytest.raises(InputError, match="no such file"):
+        ig_jax.from_pretrained("sit-small-ig", weights=tmp_path / "nothing.safetensors")
+    (tmp_path / "light.safetensors").write_bytes(checkpoints["light"])
+    with pytest.raises(InputError, match="not a sit checkpoint"):
+        ig_jax.from_pretrained("sit-small-ig", weights=tmp_path / "light.safetensors")
+    with pytest.raises(InputError, match="expected none, sd-small has one scale"):
+        ig_jax.load_decoder("sd-small", statistics=tmp_path / "light.safetensors")
+    (tmp_path / "sit.safetensors").write_bytes(checkpoints["sit"])
+    other = dataclasses.replace(hub.PUBLISHED["sit-small-ig"], spec=dataclasses.replace(
+        SPEC, num_classes=1000
+    ))  # fmt: skip
+    monkeypatch.setitem(hub.PUBLISHED, "other", other)
+    with pytest.raises(InputError, match="not other: found num_classes 10, expected 1000"):
+        ig_jax.from_pretrained("other", weights=tmp_path / "sit.safetensors")
+
+
+def test_hub_with_other_files_than_expected(server):
+    server.files["lab/ig", "SiT/0800000.pt"] = b"another"
+    with pytest.raises(InputError, match=r"SiT/ holds SiT/0400000.*, SiT/0800000.pt: expected one"):
+        ig_jax.from_pretrained("sit-small-ig")
+    del server.files["lab/ig", "SiT/0800000.pt"], server.files["lab/ig", "SiT/0400000.safetensors"]
+    with pytest.raises(InputError, match="SiT/ holds no weight file: expected one"):
+        ig_jax.from_pretrained("sit-small-ig")
+    del server.files["lab/ig", "Light/last.safetensors"]
+    with pytest.raises(InputError, match="cannot be downloaded .*EntryNotFound") as caught:
+        ig_jax.from_pretrained("light-small-ig")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_download_is_refused(server, monkeypatch):
+    path = pathlib.Path(hub.fetch("lab/ig", "SiT/"))
+    blob = path.resolve()
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(InputError, match="has SHA-256 .*: expected .*; delete it"):
+        ig_jax.from_pretrained("sit-small-ig", decoder=False)
+    published = dataclasses.replace(hub.PUBLISHED["light-small-ig"], sha256="0" * 64)
+    monkeypatch.setitem(hub.PUBLISHED, "light-small-ig", published)
+    with pytest.raises(InputError, match="expected 0000"):
+        ig_jax.from_pretrained("light-small-ig", decoder=False)
+
+
+OFFLINE = """\
+import ig_jax
+for name in ("sit-xl-2-ig", "lightningdit-xl-1-ig"):
+    try:
+        ig_jax.from_pretrained(name)
+    except ig_jax.InputError as error:
+        print(error)
+"""
+
+
+def test_without_network_it_says_so_at_once(tmp_path):
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, env=environment
+    )
+    assert not done.stderr, done.stderr
+    sit, light = done.stdout.splitlines()
+    assert sit.startswith("CVLUESTC/Internal-Guidance/SiT/ on ") and "HF_HUB_OFFLINE is set" in sit
+    assert light.startswith("CVLUESTC/Internal-Guidance/Lightningdit/ on ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_host_is_no_network(server, monkeypatch):
+    monkeypatch.setattr(hub.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    with pytest.raises(InputError, match="on https://hub.invalid: no network, and the cache"):
+        ig_jax.from_pretrained("sit-small-ig")
+    assert not server.requests
+
+
+def test_the_table_is_the_papers():
+    """Every entry is a published architecture with the recipe and FID of SPEC §4 and §7."""
+    rows = {
+        name: (p.fid, p.cfg_fid, p.guidance.ig_scale, p.spec.auxiliary_depth, p.epochs)
+        for name, p in hub.PUBLISHED.items()
+    }
+    assert rows == {
+        "sit-xl-2-ig": (1.75, 1.46, 1.4, 8, 800),
+        "lightningdit-xl-1-ig": (1.34, 1.19, 1.7, 8, 680),
+        "sit-xl-2": (8.61, None, 1.0, None, 1400),
+        "lightningdit-xl-1": (2.17, None, 1.0, None, 800),
+    }
+    for published in hub.PUBLISHED.values():
+        vae = AUTOENCODERS[published.autoencoder]
+        assert vae.spec.latent_channels == published.spec.channels
+        assert (vae.shift is None) == (published.autoencoder in hub.STATISTICS)
+    cfg = hub.PUBLISHED["lightningdit-xl-1-ig"].cfg_guidance
+    assert (cfg.ig_scale, cfg.cfg_scale, cfg.cfg_interval) == (1.4, 1.45, (0.19, 1.0))
