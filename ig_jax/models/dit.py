@@ -243,10 +243,11 @@ class DiT(nnx.Module):
         def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
             return functional.merge(graphdef, gather(layer))(x, c, tables), None
 
-        if self.remat != "none":
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        elif gather is not _whole:
-            body = jax.checkpoint(body, policy=_save_all_but_gathered, prevent_cse=False)
+        if self.remat != "none" or gather is not _whole:
+            policy = _save_all_but_gathered if self.remat == "none" else REMAT_POLICIES[self.remat]
+            # Unrolled blocks are within reach of XLA's search for common subexpressions, which
+            # would undo the recomputation; a loop's two bodies are not.
+            body = jax.checkpoint(body, policy=policy, prevent_cse=not self.scan_blocks)
         return jax.lax.scan(body, x, parameters, unroll=1 if self.scan_blocks else True)[0]
 
     def __call__(

@@ -140,6 +140,20 @@ def test_a_gather_of_activations_would_be_noticed(monkeypatch):
         check_plan(step.as_text(), trained(1, 8).state, 1, 8)
 
 
+def test_training_a_head_alone_costs_a_forward_pass():
+    """The backward pass of the frozen network, and its gradients' exchange, are not compiled."""
+    config = meshes.wide_config()
+    config.optimizer.trainable = "auxiliary_head"
+    config.model.scan_blocks = False  # XLA counts the operations of a loop's body once
+    experiment = meshes.experiment_on(config, mesh_of(2, 4))
+    step = aot.lower_train_step(experiment).compile(meshes.QUICKLY)
+    images = config.train.batch_size // 8
+    assert step.cost_analysis()["flops"] < 1.25 * images * dit.forward_flops(experiment.spec)
+    found = aot.collectives(step.as_text())
+    head = sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.shapes["auxiliary_head"]))
+    assert "reduce-scatter" not in found and found["all-reduce"].bytes <= head + 1024
+
+
 def test_a_sampler_gathers_parameters_once_and_exchanges_nothing_else():
     experiment = meshes.experiment_on(meshes.wide_config(), mesh_of(2, 4))
     found = aot.collectives(aot.lower_sampler(experiment).compile().as_text())
