@@ -4,7 +4,13 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# On a busy machine a simulated device may keep the others waiting for longer than XLA's 40 seconds,
+# after which it would end the process.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+)
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Many tests build the same small programs: each is compiled once a session, subprocesses included.
 _CACHE = tempfile.TemporaryDirectory(prefix="ig_jax-compiled-")
