@@ -166,7 +166,7 @@ class Drawer:
             )
             if pending is not None:
                 yield _local(*pending, len(indices))
-            pending = positions[rows], drawn
+            pending = positions[rows], sharding.settle(drawn)
         if pending is not None:
             yield _local(*pending, len(indices))
 

@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -333,7 +334,10 @@ _LOWER: dict[str, Callable[[Experiment], jax.stages.Lowered]] = {
 def _compile(name: str, experiment: Experiment, memory: int | None) -> Compiled:
     start = time.monotonic()
     try:
-        compiled = _LOWER[name](experiment).compile()
+        with warnings.catch_warnings():
+            # JAX's cache on disk, if in use, cannot read back programs of absent devices.
+            warnings.filterwarnings("ignore", message="Error reading persistent compilation cache")
+            compiled = _LOWER[name](experiment).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = _refused(str(error))
         if needed is None:

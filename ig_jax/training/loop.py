@@ -278,7 +278,7 @@ class Trainer:
         )
         batch_size = self.config.train.batch_size
         sums = [
-            self.programs.validate(params, batch, weights)
+            sharding.settle(self.programs.validate(params, batch, weights))
             for batch, weights in _held_out_batches(self.source, batch_size, place)
         ]
         total, weight = np.sum(jax.device_get(sums), axis=0)
@@ -418,7 +418,7 @@ class Trainer:
         totals = metrics_lib.TrainMetrics.empty()
         clock, clock_step = time.monotonic(), first_step
         for step in range(first_step + 1, train.num_steps + 1):
-            state, scalars = self.programs.step(state, next(batches), self.key)
+            state, scalars = sharding.settle(self.programs.step(state, next(batches), self.key))
             totals = self.programs.accumulate(totals, state.step, scalars)
             last = step == train.num_steps
             stopping = self._stop or checkpoints.preempted(step)

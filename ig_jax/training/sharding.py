@@ -159,6 +159,19 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
     return lambda x, t, y: run(params, x, t, y)
 
 
+def settle(results: Any) -> Any:
+    """Waits for a program's results on simulated devices; elsewhere returns them at once.
+
+    The CPU's simulated devices share one pool of threads. A second program in flight can take the
+    threads that the first one's collectives wait for, and neither ever ends.
+    """
+    devices = jax.tree.leaves(results)[0].sharding.device_set
+    local = [device for device in devices if device.process_index == jax.process_index()]
+    if len(local) > 1 and local[0].platform == "cpu":
+        jax.block_until_ready(results)
+    return results
+
+
 def over_layers(
     mesh: Mesh, function: Callable[[jax.Array], jax.Array], stack: jax.Array
 ) -> jax.Array:

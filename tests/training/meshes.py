@@ -64,14 +64,14 @@ def train_and_draw(
     step = programs.step.lower(state, batch, key).compile(QUICKLY)
     losses = []
     for _ in range(STEPS):
-        state, metrics = step(state, batch, key)
-        losses.append(jax.device_get((metrics.loss_final, metrics.loss_auxiliary)))
+        state, metrics = sharding.settle(step(state, batch, key))
+        losses.append((metrics.loss_final, metrics.loss_auxiliary))
         batch = next(batches)
     indices = np.arange(config.sampler.batch_size)
     drawer = sampling.make_drawer(experiment)
     guidance = config_lib.guidance(config)
     samples = drawer.draw(state.ema, guidance, 0, indices, (indices % 10).astype(np.int32))
-    return Result(np.asarray(losses), samples, step.as_text(), state)
+    return Result(np.asarray(jax.device_get(losses)), samples, step.as_text(), state)
 
 
 def restore(workdir: str, config: ConfigDict, mesh: jax.sharding.Mesh) -> TrainState:

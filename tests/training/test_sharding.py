@@ -204,7 +204,7 @@ def test_muon_on_eight_devices_equals_one():
         update = jax.jit(transform.update, compiler_options=meshes.QUICKLY)
         moved, state = place(params), transform.init(place(params))
         for gradient in gradients:
-            updates, state = update(place(gradient), state, moved)
+            updates, state = sharding.settle(update(place(gradient), state, moved))
             moved = jax.tree.map(jnp.add, moved, updates)
         return jax.device_get(moved)
 
