@@ -24,7 +24,7 @@ from ig_jax.models import autoencoder, dit
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
 from ig_jax.training import sharding
-from ig_jax.training.checkpoint import saved_source
+from ig_jax.training.checkpoint import saved_config, saved_source
 
 _ENCODER_BATCH = 64
 
@@ -58,6 +58,18 @@ class Experiment:
         graphdef, shapes = split(dit.abstract(spec, **config_lib.model_options(config)))
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         return cls(config, spec, graphdef, shapes, mesh)
+
+    def of_workdir(self, workdir: str) -> Experiment:
+        """The experiment that made a workdir's checkpoint, on this one's devices.
+
+        Its mesh and batch sizes give way to this one's: they say where it was trained, not what.
+        """
+        saved = saved_config(workdir)
+        saved.mesh.update(self.config.mesh)
+        saved.sampler.batch_size = self.config.sampler.batch_size
+        for name in ("batch_size", "accumulate"):
+            saved.train[name] = self.config.train[name]
+        return Experiment.from_config(saved, list(self.mesh.devices.flat))
 
     @property
     def path(self) -> interpolant.Interpolant:

@@ -28,7 +28,7 @@ from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.training import sharding
-from ig_jax.training.checkpoint import Checkpoints, saved_config
+from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.processes import is_primary
 
 
@@ -219,8 +219,8 @@ def _open_weak(experiment: Experiment) -> tuple[nnx.GraphDef, Params] | None:
     workdir = experiment.config.guidance.weak
     if not workdir:
         return None
-    saved = saved_config(workdir)
-    weak = Experiment.from_config(saved)
+    weak = experiment.of_workdir(workdir)
+    saved = weak.config
     for field, found, expected in (
         ("the data shape", weak.sample_shape, experiment.sample_shape),
         ("num_classes", weak.spec.num_classes, experiment.spec.num_classes),

@@ -4,8 +4,8 @@ import os
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# On a busy machine a simulated device may keep the others waiting for longer than XLA's 40 seconds,
-# after which it would end the process.
+# XLA ends the process when a simulated device keeps the others waiting for 40 seconds, which a busy
+# machine may need (programs that wait for each other are `sharding.settle`'s business).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "

@@ -35,7 +35,7 @@ from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import sharding
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, saved_config
+from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.processes import is_primary
 
 VALIDATION_TIMES = 16
@@ -178,7 +178,7 @@ def initial_network(experiment: Experiment) -> Experiment:
     auxiliary head.
     """
     workdir = experiment.config.train.init_from
-    there = Experiment.from_config(saved_config(workdir))
+    there = experiment.of_workdir(workdir)
     comparable = there.spec
     if there.spec.auxiliary_depth is None:
         comparable = dataclasses.replace(

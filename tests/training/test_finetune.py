@@ -74,3 +74,15 @@ def test_another_architecture_is_refused(headless, tmp_path):
     with pytest.raises(InputError, match="init_from is .* has width 32: this config has 64"):
         loop.train(config, str(tmp_path / "new"))
     assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_a_network_trained_on_another_mesh(tmp_path):
+    """Its mesh says where it was trained: fsdp 8 there, a single device here."""
+    config = tiny_config(num_steps=2, validate_every=0, checkpoint_every=2)
+    config.mesh.update(data=1, fsdp=8)
+    trained = loop.train(config, str(tmp_path)).ema
+    config = tiny_config(init_from=str(tmp_path))
+    here = Experiment.from_config(config, jax.devices()[:1])
+    found = loop.initial_weights(here, trained)
+    assert equal(found, jax.device_get(trained))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(found)} == {1}
