@@ -5,7 +5,7 @@ The network's shape is read off the names and shapes, so any KL autoencoder of t
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from ig_jax.convert import files
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderSpec, abstract
+from ig_jax.storage.files import digest
 
 # How each segment of one of our parameter paths is called elsewhere.
 _LDM = {
@@ -122,13 +123,10 @@ def fingerprint(params: Mapping[str, Any]) -> str:
     It depends on names, shapes and float32 values alone, so the same weights from either layout,
     on any device and for any compute dtype, have the same fingerprint.
     """
-    digest = hashlib.sha256()
     flat = traverse_util.flatten_dict(dict(params))
-    for name, array in sorted((".".join(map(str, path)), leaf) for path, leaf in flat.items()):
-        array = np.ascontiguousarray(array, np.float32)
-        digest.update(f"{name} {array.shape}\n".encode())
-        digest.update(array)
-    return digest.hexdigest()[:16]
+    named = sorted((".".join(map(str, path)), leaf) for path, leaf in flat.items())
+    parts = ((f"{name} {leaf.shape}\n", np.asarray(leaf, np.float32)) for name, leaf in named)
+    return digest(*itertools.chain.from_iterable(parts))[:16]
 
 
 def _select(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:

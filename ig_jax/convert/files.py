@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax.errors import InputError, suggest
+from ig_jax.storage.files import write_atomically
 
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES)
@@ -119,13 +120,8 @@ def write_safetensors(
         raise InputError(f"{path}: found suffix {file.suffix!r}, expected .safetensors")
     # safetensors writes the underlying buffer, which for a transposed view is in another order.
     arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
-    partial = file.with_name(file.name + ".partial")
-    try:
+    with write_atomically(file) as partial:
         partial.write_bytes(safetensors.numpy.save(arrays, dict(metadata) if metadata else None))
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
 def check_finite(weights: Mapping[str, np.ndarray], where: str) -> None:

@@ -6,7 +6,6 @@ to (h, w, in, out).
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping
 
@@ -18,6 +17,7 @@ from ig_jax.convert import files
 from ig_jax.errors import InputError
 from ig_jax.models import functional
 from ig_jax.models.inception import Inception
+from ig_jax.storage.files import file_digest
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -91,7 +91,7 @@ def load_inception(
             f"{path}: Inception weights not found; download {URL} "
             f"(its SHA-256 starts with {SHA256_PREFIX})"
         )
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = file_digest(file)
     if not digest.startswith(sha256_prefix):
         raise InputError(
             f"{path}: SHA-256 starts with {digest[:8]}, expected {sha256_prefix}; "

@@ -1,0 +1,1 @@
+"""Files that are written whole, and digests of what is in them."""

@@ -1,0 +1,98 @@
+"""Files that appear whole or not at all, and SHA-256 digests of files, arrays and plain values.
+
+Digests name folders, caches and weights that are already on people's disks: what they are computed
+from may not change.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ig_jax.errors import InputError
+
+_BLOCK = 1 << 24
+
+
+@contextlib.contextmanager
+def write_atomically(
+    path: os.PathLike | str, *, suffix: str = ".partial", durable: bool = False
+) -> Iterator[epath.Path]:
+    """Gives a file its name only once it is complete.
+
+    Args:
+        path: local or `gs://`; its folder exists. A file of that name is replaced.
+        suffix: of the temporary name; processes that may write the same file at the same time need
+            different ones.
+        durable: whether a local file's content reaches the disk before its name does, so that even
+            a machine that loses power leaves no hollow file (a picture takes 1 to 20 ms more).
+
+    Yields:
+        The temporary path, `path` + `suffix`, for the body to write. It is moved to `path` when the
+        body ends, and removed when the body raises.
+
+    Raises:
+        InputError: one line, if `path` cannot be written (no folder, no permission, a full disk).
+    """
+    path = epath.Path(path)
+    partial = path.with_name(path.name + suffix)
+    try:
+        yield partial
+        if durable and os.path.exists(partial):
+            with open(partial, "rb") as stream:
+                os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # An error with another file's name is of something that the body read.
+        ours = (None, os.fspath(partial), os.fspath(path))
+        if isinstance(error, OSError) and error.filename in ours:
+            raise InputError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise
+
+
+def digest(*parts: str | bytes | np.ndarray) -> str:
+    """Returns the SHA-256, in hex, of parts one after another.
+
+    Args:
+        *parts: texts (as UTF-8), bytes, or arrays of any shape (their bytes in C order, without
+            shape and type: put these in a text beside).
+    """
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray | np.generic):
+            # As bytes, since not every type (bfloat16) has a buffer of its own.
+            part = np.ascontiguousarray(part).reshape(-1).view(np.uint8)
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """Returns the SHA-256, in hex, of a value made of JSON's types; the order of keys is free."""
+    return digest(json.dumps(value, sort_keys=True))
+
+
+def file_digest(path: os.PathLike | str) -> str:
+    """Returns the SHA-256, in hex, of a file's content, local or `gs://`, read block by block.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    file = epath.Path(path)
+    if file.is_dir() or not file.exists():
+        raise InputError(
+            f"{path}: found {'a folder' if file.is_dir() else 'no such file'}, expected a file"
+        )
+    found = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
