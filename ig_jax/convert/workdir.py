@@ -102,7 +102,7 @@ def load_workdir(workdir: str, which: int | str = "last", ema: bool = True) -> D
 
     Args:
         workdir: a directory that `--mode=train` or `save_workdir` wrote.
-        which: "last", "best" (smallest validation loss), or a step.
+        which: "last", "best" (as `Checkpoints.step` resolves it), or a step.
         ema: whether to load the EMA weights or the raw ones.
 
     Returns:

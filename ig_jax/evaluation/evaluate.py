@@ -367,6 +367,10 @@ class TrainingEvaluation:
         workdir: where reference statistics are cached.
         drawer: the loop's sampler.
 
+    Attributes:
+        score_name: of its FID, the same for two that may be compared: "fid-" and a hash of the
+            protocol.
+
     Raises:
         InputError: for a missing or unfitting file, at the start of the run.
     """
@@ -383,6 +387,25 @@ class TrainingEvaluation:
         self._indices = np.arange(self._config.evaluation.train_samples)
         self._labels = sampling.labels_for(self._config, self._indices, source.class_names)
         self._noted = False
+        self.score_name = f"fid-{self._protocol_hash()}"
+
+    def _protocol_hash(self) -> str:
+        """A short hash of what its scores depend on besides the weights."""
+        scorer = self._evaluator.scorer
+        record = protocol.sampling_record(
+            self._config,
+            config_lib.guidance(self._config),
+            step=None,
+            weights="",
+            ema=True,
+            weak=self._evaluator.weak_hash(),
+        )
+        record |= {
+            "num_samples": len(self._indices),
+            "features_hash": scorer.extractor.fingerprint,
+            "reference_hash": scorer.reference.metadata["hash"],
+        }
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
 
     def __call__(self, params: Params) -> dict[str, float]:
         """Returns the scores of (EMA) parameters by name, "fid" among them, on every process."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +22,54 @@ from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.training.state import TrainState
 
-# Name of the one number that Orbax compares checkpoints by.
-SCORE = "score"
 ITEMS = ("params", "ema", "optimizer", "config", "data", "source")
+# What scores were called before they had names: a validation loss or a FID, who knows.
+_UNNAMED = "score"
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What ranks a checkpoint among those whose score has the same name; smaller is better.
+
+    Attributes:
+        name: everything that two values must share to be comparable: "validation_loss", or a FID
+            with its number of samples, guidance and so on.
+        value: the number.
+    """
+
+    name: str
+    value: float
+
+
+def best_step(metrics: Mapping[int, Mapping[str, float] | None]) -> int | None:
+    """The step with the smallest score, among those that the newest score can be compared with.
+
+    Args:
+        metrics: step → {name of its score: value}, or None for a step without one. Scores that
+            older versions saved without a name count where there is no other.
+
+    Returns:
+        The step (the later one of equals), or None if no step has a finite score.
+    """
+    scores = {
+        step: Score(*item)
+        for step, found in sorted(metrics.items())
+        for item in (found or {}).items()
+        if math.isfinite(item[1])
+    }
+    names = [score.name for score in scores.values() if score.name != _UNNAMED] or [_UNNAMED]
+    values = {step: score.value for step, score in scores.items() if score.name == names[-1]}
+    return min(values, key=lambda step: (values[step], -step), default=None)
+
+
+class _KeepBest(checkpoint_managers.PreservationPolicy):
+    """Keeps `best_step`, where Orbax's own policy would compare scores of any name."""
+
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: checkpoint_managers.PreservationContext
+    ) -> Sequence[bool]:
+        best = best_step({info.step: info.metrics for info in checkpoints})
+        return [info.step == best for info in checkpoints]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,21 +97,13 @@ class Checkpoints:
         read_only: bool = False,
     ):
         self.directory = epath.Path(workdir) / "checkpoints"
-        keep = checkpoint_managers
-        policy = keep.AnyPreservationPolicy(
-            [
-                keep.LatestN(max_to_keep),
-                keep.BestN(
-                    get_metric_fn=lambda metrics: metrics[SCORE],
-                    reverse=True,
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.LatestN(max_to_keep), _KeepBest()]
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
-            best_fn=lambda metrics: metrics[SCORE],
+            # Orbax stores scores only if told how to rank them; `best_step` does.
+            best_fn=lambda metrics: next(iter(metrics.values())),
             best_mode="min",
             create=not read_only,
             read_only=read_only,
@@ -76,23 +115,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def step(self, which: int | str = "last") -> int:
-        """Resolves "last", "best" or a number to a step; raises `InputError` if there is none."""
-        steps = self.steps()
-        if not steps:
-            raise InputError(
-                f"no checkpoint in {self.directory}: expected a workdir that --mode=train wrote"
-            )
-        if which == "last":
-            return steps[-1]
-        if which == "best":
-            best = self._manager.best_step()
-            return steps[-1] if best is None else best
-        if int(which) not in steps:
-            raise InputError(
-                f"no checkpoint of step {which} in {self.directory}: "
-                f"there are {', '.join(map(str, steps))}"
-            )
-        return int(which)
+        """Resolves "last", "best" or a number to a step.
+
+        Raises:
+            InputError: there is no such step, or, for "best", no step with a score.
+        """
+        return _find_step(self.directory, self.steps(), which)
 
     def config(self, which: int | str = "last") -> ConfigDict:
         """The config that made a checkpoint."""
@@ -105,7 +133,7 @@ class Checkpoints:
         step: int,
         config: ConfigDict,
         data: dict[str, Any],
-        score: float | None = None,
+        score: Score | None = None,
         source: dict[str, Any] | None = None,
     ) -> None:
         """Starts writing a checkpoint in the background; `wait` ends it. Repeats are ignored.
@@ -115,7 +143,7 @@ class Checkpoints:
             step: its step.
             config: the config that made it.
             data: the data iterator's state.
-            score: what decides on the best checkpoint, smaller is better: FID, or validation loss.
+            score: what decides on the best checkpoint.
             source: `DataSource.facts`, so that sampling needs no data set.
         """
         if step in self._manager.all_steps():
@@ -130,7 +158,7 @@ class Checkpoints:
                 data=ocp.args.JsonSave(data),
                 source=ocp.args.JsonSave(source or {}),
             ),
-            metrics=None if score is None else {SCORE: score},
+            metrics=None if score is None else {score.name: score.value},
         )
 
     def restore(self, abstract: TrainState, which: int | str = "last") -> Restored:
@@ -169,28 +197,53 @@ class Checkpoints:
         self._manager.close()
 
 
-def saved_config(workdir: str) -> ConfigDict:
-    """The config of a workdir's last checkpoint; raises `InputError` if there is no checkpoint."""
-    return config_lib.from_json(_saved_json(workdir, "config"))
+def saved_config(workdir: str, which: int | str = "last") -> ConfigDict:
+    """The config of a workdir's checkpoint; raises `InputError` as `Checkpoints.step` does."""
+    return config_lib.from_json(_saved_json(workdir, which, "config"))
 
 
-def saved_source(workdir: str) -> DataSource | None:
-    """What a workdir's last checkpoint says of the data set; None if it was converted."""
-    facts = _saved_json(workdir, "source")
+def saved_source(workdir: str, which: int | str = "last") -> DataSource | None:
+    """What a workdir's checkpoint says of the data set; None if it was converted."""
+    facts = _saved_json(workdir, which, "source")
     return DataSource.from_facts(facts) if facts else None
 
 
-def _saved_json(workdir: str, item: str) -> dict[str, Any]:
-    """Reads a JSON item of the last checkpoint without Orbax.
+def _saved_json(workdir: str, which: int | str, item: str) -> dict[str, Any]:
+    """Reads a JSON item of a checkpoint without Orbax.
 
     An Orbax manager would start JAX's devices, which must wait until the processes of a run have
     found each other.
     """
     directory = epath.Path(workdir) / "checkpoints"
     names = [p.name for p in directory.iterdir()] if directory.exists() else []
-    steps = [int(name) for name in names if name.isdigit()]
+    step = _find_step(directory, sorted(int(name) for name in names if name.isdigit()), which)
+    return json.loads((directory / str(step) / item / "metadata").read_text())
+
+
+def _find_step(directory: epath.Path, steps: Sequence[int], which: int | str) -> int:
+    """Resolves `which` among the (ascending) steps in a directory; see `Checkpoints.step`."""
     if not steps:
         raise InputError(
             f"no checkpoint in {directory}: expected a workdir that --mode=train wrote"
         )
-    return json.loads((directory / str(max(steps)) / item / "metadata").read_text())
+    if which == "last":
+        return steps[-1]
+    if which == "best":
+        best = best_step({step: _saved_metrics(directory, step) for step in steps})
+        if best is None:
+            raise InputError(
+                f"no checkpoint in {directory} carries a score: expected a run that validates "
+                "(config.train.validate_every) or evaluates (config.evaluation.every) to have a "
+                f"best one; there are {', '.join(map(str, steps))}"
+            )
+        return best
+    if str(which) not in map(str, steps):
+        raise InputError(
+            f"no checkpoint of step {which} in {directory}: there are {', '.join(map(str, steps))}"
+        )
+    return int(which)
+
+
+def _saved_metrics(directory: epath.Path, step: int) -> dict[str, float] | None:
+    path = directory / str(step) / "metrics" / "metrics"
+    return json.loads(path.read_text()) if path.exists() else None

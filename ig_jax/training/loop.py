@@ -35,7 +35,7 @@ from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import sharding
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.training.checkpoint import Checkpoints, Score
 from ig_jax.training.processes import is_primary
 
 VALIDATION_TIMES = 16
@@ -284,19 +284,19 @@ class Trainer:
         total, weight = np.sum(jax.device_get(sums), axis=0)
         return float(total / weight)
 
-    def _score(self, params: Params, step: int, saving: bool, writer: Any) -> float | None:
+    def _score(self, params: Params, step: int, saving: bool, writer: Any) -> Score | None:
         """Validates and evaluates when due; returns what ranks checkpoints, if it is known."""
         config, score = self.config, None
         every = config.train.validate_every
         if self.source.validation is not None and every and (saving or step % every == 0):
-            score = self._validation_loss(params)
-            writer.write_scalars(step, {"validation_loss": score})
+            score = Score("validation_loss", self._validation_loss(params))
+            writer.write_scalars(step, {score.name: score.value})
         if self.evaluation is not None:
             score = None
             if step % config.evaluation.every == 0:
                 scores = self.evaluation(params)
                 writer.write_scalars(step, {f"evaluation/{k}": v for k, v in scores.items()})
-                score = scores["fid"]
+                score = Score(self.evaluation.score_name, scores["fid"])
         return score
 
     @functools.cached_property

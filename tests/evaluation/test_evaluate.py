@@ -154,6 +154,13 @@ class TestDirect:
         small = with_evaluation(experiment, num_samples=96, ig_scales=())
         (result,) = evaluate.evaluate(small, params, source)
         assert scores == result.metrics and "fid" in scores
+        # A score's name is that of other runs' scores where the protocol is the same, only there.
+        fewer = with_evaluation(experiment, train_samples=64)
+        names = [
+            evaluate.TrainingEvaluation(e, source, tmp_path, drawer).score_name
+            for e in (experiment, small, fewer)
+        ]
+        assert names[0] == names[1] == during.score_name != names[2]
 
     def test_not_finite(self, experiment, source, params):
         broken = {**params, "position": params["position"] * np.nan}
