@@ -25,7 +25,7 @@ process (CUDA_VISIBLE_DEVICES restricts them). Nor do nodes without Slurm: give 
 IG_JAX_COORDINATOR=HOST:PORT (of process 0), IG_JAX_PROCESS_ID and IG_JAX_NUM_PROCESSES.
 
   launch/slurm.sh --nodes=4 --gpus-per-node=8 --partition=gpu --time=2-00:00:00 -- --mode=train \
-    --config=configs/sit_xl_2.py --workdir=/shared/sit-xl
+    --config=configs/sit_xl_ig.py --workdir=/shared/sit-xl
 USAGE
 }
 

@@ -55,7 +55,7 @@ gcloud reaches several workers only with your key in the agent: ssh-add ~/.ssh/g
   launch/tpu.sh wait    --name=ig --zone=us-west4-a
   launch/tpu.sh install --name=ig --zone=us-west4-a
   launch/tpu.sh start   --name=ig --zone=us-west4-a -- --mode=train \
-    --config=configs/sit_xl_2.py --workdir=gs://my-bucket/sit-xl
+    --config=configs/sit_xl_ig.py --workdir=gs://my-bucket/sit-xl
   launch/tpu.sh watch   --name=ig --zone=us-west4-a
 USAGE
 }

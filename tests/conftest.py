@@ -1,7 +1,10 @@
 """Tests run on the CPU, which pretends to be eight devices."""
 
+import importlib.util
 import os
 import tempfile
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA ends the process when a simulated device keeps the others waiting for 40 seconds, which a busy
@@ -23,3 +26,12 @@ def pytest_configure():
     from ig_jax import console
 
     console.quiet_libraries()
+
+
+def pytest_runtest_setup(item):
+    """PyTorch is no part of the test extra: what needs it is marked, and skipped where it lacks."""
+    if item.get_closest_marker("torch") is None or importlib.util.find_spec("torch"):
+        return
+    if os.environ.get("IG_JAX_TESTS_NEED_TORCH"):
+        pytest.fail("IG_JAX_TESTS_NEED_TORCH is set, and PyTorch is not installed", pytrace=False)
+    pytest.skip("PyTorch is not installed")

@@ -1,13 +1,17 @@
-"""Docstrings of public names: a summary, every argument, shapes where arrays go in or out, and the
-errors that are raised."""
+"""Docstrings of public names (a summary, every argument, shapes where arrays go in or out, the
+errors that are raised), and what the README and `--help` texts name."""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import os
 import pathlib
 import pkgutil
 import re
+import shutil
+import subprocess
+import tomllib
 
 import pytest
 from flax import nnx
@@ -130,3 +134,90 @@ def test_every_module_and_what_it_raises(name):
         if not re.search(r"InputError|[Rr]aise|[Rr]efuse", text):
             silent.append(function)
     assert not silent, f"{name}: raised errors are not documented in {', '.join(silent)}"
+
+
+CHECKOUT = ROOT.parent
+README = (CHECKOUT / "README.md").read_text()
+
+
+def test_configs_that_are_named_exist():
+    """In the README, in `--help` texts and in messages."""
+    named = {}
+    for file in (CHECKOUT / "README.md", *CHECKOUT.glob("launch/*"), *ROOT.rglob("*.py")):
+        text = file.read_bytes().decode(errors="ignore")
+        named |= dict.fromkeys(re.findall(r"configs/[\w./-]+\.py", text), file.name)
+    named |= dict.fromkeys(f"configs/{name}" for name in re.findall(r"`(\w+_ig\.py)`", README))
+    missing = {name: file for name, file in named.items() if not (CHECKOUT / name).exists()}
+    assert len(named) > 4 and not missing
+
+
+def test_python_versions_are_those_that_install():
+    """The README promises what pyproject.toml admits."""
+    admitted = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"][
+        "requires-python"
+    ]
+    low, past = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", admitted).groups()
+    assert f"Python 3.{low} to 3.{int(past) - 1} and" in README
+
+
+STUB = """#!/usr/bin/env bash
+# python3 -m venv PLACE: a virtual environment whose programs only say what they were called with.
+mkdir -p "$3/bin"
+for name in pip python pytest; do
+  printf '#!/bin/bash\necho "%s $*" >>"%s/log"; env >>"%s/env"; ls -A ~ >>"%s/home"\n' \
+    "$name" "$LOG" "$LOG" "$LOG" >"$3/bin/$name"
+done
+printf 'mkdir -p "%s/digits/evaluation" && touch "%s/digits/evaluation/a.png"\n' "$LOG" "$LOG" \
+  >>"$3/bin/python"
+printf '[[ $* != *broken* ]]\n' >>"$3/bin/pytest"
+chmod +x "$3"/bin/*
+"""
+
+
+def run_ci(directory, readme):
+    """Runs `.ci/run` beside another README, with stubs for Python: (exit code, calls)."""
+    (directory / ".ci").mkdir()
+    shutil.copy(CHECKOUT / ".ci" / "run", directory / ".ci" / "run")
+    (directory / "README.md").write_text(readme.replace("/tmp/digits", f"{directory}/digits"))
+    (directory / "bin").mkdir()
+    (directory / "bin" / "python3").write_text(STUB)
+    (directory / "bin" / "python3").chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{directory}/bin:{os.environ['PATH']}",
+        "LOG": str(directory),
+        "PYTHONPATH": "/elsewhere",
+        "PIP_TIMEOUT": "180",
+        "TMPDIR": str(directory),
+    }
+    done = subprocess.run([directory / ".ci" / "run"], env=environment, capture_output=True)
+    log = directory / "log"
+    return done.returncode, log.read_text().splitlines() if log.exists() else []
+
+
+def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
+    (tmp_path / "digits").mkdir()  # an earlier run, which must not be continued
+    code, calls = run_ci(tmp_path, README)
+    install = "pip install -e .[test]"
+    digits = f"--config=configs/digits_ig.py --workdir={tmp_path}/digits"
+    assert code == 0
+    assert calls[:4] == [install, f"python -m ig_jax.main {digits}", install, "pytest "]
+    assert calls[4].startswith("pip install -q torch==")
+    assert calls[5:] == ["pytest -m torch and not slow", "pytest -m slow"]
+    seen = (tmp_path / "env").read_text()
+    assert "PIP_TIMEOUT=180" in seen and "PYTHONPATH" not in seen and "JAX_PLATFORMS" not in seen
+    assert seen.count("IG_JAX_TESTS_NEED_TORCH=1") == 2
+    assert (tmp_path / "home").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("&& pytest\n", "&& pytest tests/broken\n"),
+        ("&& pytest\n", "&& pytest\npytest\n"),
+        ("## Run it", "## Run"),
+    ],
+)
+def test_ci_fails_with_a_broken_readme(tmp_path, change):
+    assert change[0] in README
+    code, calls = run_ci(tmp_path, README.replace(*change, 1))
+    assert code != 0 and "pytest -m slow" not in calls

@@ -1,9 +1,12 @@
-"""Lint, format and the walls between rooms (which package may import what)."""
+"""Lint, format, and who may import what: the walls between rooms, and declared distributions."""
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 
 import pytest
 
@@ -22,15 +25,20 @@ def test_ruff(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+
+
 def imports(path, nested):
-    """Top-level packages a file imports; with `nested`, those inside functions too."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if nested else ast.iter_child_nodes(tree)
-    for node in nodes:
+    """Names that a file imports, inside `try`, `if` and classes too; functions' if `nested`."""
+    nodes = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif nested or not isinstance(node, FUNCTIONS):
+            nodes += ast.iter_child_nodes(node)
 
 
 def test_models_and_diffusion_are_pure():
@@ -49,3 +57,56 @@ def test_heavy_packages_are_imported_inside_functions():
     for path in PACKAGE.rglob("*.py"):
         for name in imports(path, nested=False):
             assert name.split(".")[0] not in heavy and not name.startswith(heavy_clu), (path, name)
+
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# Declared for others, who import them without saying so.
+FOR_OTHERS = {"tensorflow", "tensorflow-cpu", "tensorboard", "importlib-resources"}
+
+
+def distributions(requirements):
+    """Distribution names of requirements, normalised."""
+    return {normalised(re.match(r"[\w.-]+", line)[0]) for line in requirements}
+
+
+def normalised(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def foreign(folder, nested):
+    """(file, distributions that provide it, import) of imports from outside this checkout."""
+    providers = metadata.packages_distributions()
+    for path in sorted(folder.rglob("*.py")):
+        for name in imports(path, nested):
+            top = name.split(".")[0]
+            if top not in {"ig_jax", "tests", *sys.stdlib_module_names}:
+                yield path, set(map(normalised, providers.get(top, [top]))), name
+
+
+@pytest.mark.parametrize("folder,extras", [("ig_jax", ()), ("tests", ("test",))])
+def test_what_is_imported_is_declared(folder, extras):
+    """What an import of a file needs is there after `pip install` of the part it belongs to."""
+    extra = (PROJECT["optional-dependencies"][name] for name in extras)
+    declared = distributions([*PROJECT["dependencies"], *(line for part in extra for line in part)])
+    seen = set()
+    for path, found, name in foreign(ROOT / folder, nested=False):
+        assert found & declared, f"{path.relative_to(ROOT)} imports {name}: {found} not declared"
+        seen |= found
+    assert len(seen) > 4
+
+
+def test_what_is_declared_is_imported():
+    used = set().union(*(found for _, found, _ in foreign(PACKAGE, nested=True)))
+    unused = distributions(PROJECT["dependencies"]) - used - FOR_OTHERS
+    assert not unused, f"declared in pyproject.toml, but nothing imports it: {unused}"
+
+
+def test_imports_are_found_wherever_they_run(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "import a1\ntry:\n    import a2\nexcept ImportError:\n    from a3 import x\n"
+        "if x:\n    import a4\nclass C:\n    import a5\n"
+        "def f():\n    import b1\n    class D:\n        import b2\n"
+    )
+    names = [{n.split(".")[0] for n in imports(tmp_path / "a.py", nested)} for nested in (0, 1)]
+    assert names[0] == {"a1", "a2", "a3", "a4", "a5"}
+    assert names[1] == names[0] | {"b1", "b2"}

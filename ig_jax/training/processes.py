@@ -84,10 +84,11 @@ def initialize(
     """Joins this process to its run, or does nothing where there is only one process.
 
     A run of several processes is one whose arguments, or `IG_JAX_COORDINATOR`,
-    `IG_JAX_PROCESS_ID` and `IG_JAX_NUM_PROCESSES`, or cluster (TPU pod, Slurm, Open MPI) say so.
-    Must come before the first JAX computation. From then on, if another process dies, this one
-    prints a line and ends with exit code 1, since no collective could ever finish again. (When
-    process 0 is the one that dies, JAX's client may abort first, with a message of its own.)
+    `IG_JAX_PROCESS_ID` and `IG_JAX_NUM_PROCESSES`, or cluster (TPU pod, Slurm; of Open MPI only the
+    variables of version 4 are known) say so. Must come before the first JAX computation. From then
+    on, if another process dies, this one prints a line and ends with exit code 1, since no
+    collective could ever finish again. (When process 0 is the one that dies, JAX's client may abort
+    first, with a message of its own.)
 
     Args:
       config_hash: any string; must be the same in all processes.

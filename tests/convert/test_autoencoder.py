@@ -79,7 +79,7 @@ def test_old_attention_names(convolutions: bool) -> None:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model."])
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pt", marks=pytest.mark.torch)])
 def test_files_with_other_weights(tmp_path: pathlib.Path, prefix: str, suffix: str) -> None:
     weights = small_weights("vae_ldm_small")
     stored = {prefix + name: array for name, array in weights.items()} | {
@@ -90,7 +90,8 @@ def test_files_with_other_weights(tmp_path: pathlib.Path, prefix: str, suffix: s
     }
     path = tmp_path / f"vae{suffix}"
     if suffix == ".pt":
-        torch = pytest.importorskip("torch")
+        import torch
+
         tensors = {name: torch.tensor(array) for name, array in stored.items()}
         torch.save({"state_dict": tensors, "global_step": 3}, path)
     else:

@@ -12,8 +12,6 @@ import pytest
 from ig_jax.convert import files
 from ig_jax.errors import InputError
 
-torch = pytest.importorskip("torch")
-
 
 class Carrier:
     """A pickle of this calls a function when loaded."""
@@ -31,6 +29,8 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 @pytest.fixture
 def checkpoint(tmp_path: pathlib.Path) -> pathlib.Path:
     """A checkpoint as the DiT family's training scripts write it."""
+    import torch
+
     path = tmp_path / "0400000.pt"
     content = {
         "model": {"block.weight": torch.ones(2, 3)},
@@ -43,6 +43,7 @@ def checkpoint(tmp_path: pathlib.Path) -> pathlib.Path:
     return path
 
 
+@pytest.mark.torch
 def test_nested_checkpoint(checkpoint: pathlib.Path) -> None:
     content = files.read_checkpoint(checkpoint)
     assert content["args"] == {"model": "SiT-XL/2", "encoder_depth": 8}
@@ -52,6 +53,7 @@ def test_nested_checkpoint(checkpoint: pathlib.Path) -> None:
     assert content["ema"]["block.weight"].dtype == np.float32
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize(
     ("wrappers", "name", "value"),
     [
@@ -66,10 +68,12 @@ def test_wrappers(checkpoint: pathlib.Path, wrappers: tuple, name: str, value: f
     )
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize("kind", ["float64", "float32", "float16", "bfloat16", "int64", "bool"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
 def test_number_types(tmp_path: pathlib.Path, kind: str, suffix: str) -> None:
     import safetensors.torch
+    import torch
 
     tensor = torch.tensor([[0.0, 1.5, -3.0], [1e-3, 7.25, 96.0]]).to(getattr(torch, kind))
     path = tmp_path / f"weights{suffix}"
@@ -82,7 +86,10 @@ def test_number_types(tmp_path: pathlib.Path, kind: str, suffix: str) -> None:
     assert read["scalar"].shape == ()
 
 
+@pytest.mark.torch
 def test_legacy_pickle_format(tmp_path: pathlib.Path) -> None:
+    import torch
+
     path = tmp_path / "old.pth"
     torch.save({"w": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
     np.testing.assert_array_equal(files.read_weights(path)["w"], np.arange(4.0))
@@ -106,7 +113,10 @@ def test_unwritable_file_leaves_nothing(tmp_path: pathlib.Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.torch
 def test_code_in_a_pickle_is_refused(tmp_path: pathlib.Path, capsys) -> None:
+    import torch
+
     path = tmp_path / "hostile.pt"
     torch.save({"model": {"w": torch.ones(2)}, "x": Carrier()}, path)
     with pytest.raises(InputError, match="carries code") as error:
@@ -116,8 +126,11 @@ def test_code_in_a_pickle_is_refused(tmp_path: pathlib.Path, capsys) -> None:
     assert "never run" not in capsys.readouterr().out
 
 
+@pytest.mark.torch
 def test_advice_for_a_refused_pickle_works(tmp_path: pathlib.Path, monkeypatch) -> None:
     """Runs the very command that the message gives."""
+    import torch
+
     path = tmp_path / "trusted.ckpt"
     torch.save({"state_dict": {"w": torch.ones(2)}, "hyper": pathlib.Path("x"), "x": print}, path)
     with pytest.raises(InputError) as error:
@@ -128,13 +141,18 @@ def test_advice_for_a_refused_pickle_works(tmp_path: pathlib.Path, monkeypatch) 
     np.testing.assert_array_equal(files.read_weights("weights.pt", ("state_dict",))["w"], [1, 1])
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".legacy.pt"])
+@pytest.mark.parametrize(
+    "suffix",
+    [".safetensors", *(pytest.param(s, marks=pytest.mark.torch) for s in (".pt", ".legacy.pt"))],
+)
 @pytest.mark.parametrize("kept", [0, 3, 0.3, 0.97])
 def test_truncated_file_is_named(tmp_path: pathlib.Path, suffix: str, kept: float) -> None:
     path = tmp_path / f"cut{suffix}"
     if suffix == ".safetensors":
         files.write_safetensors(path, {"w": np.ones(300, np.float32)})
     else:
+        import torch
+
         torch.save({"w": torch.ones(300)}, path, _use_new_zipfile_serialization=suffix == ".pt")
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if 0 < kept < 1 else int(kept)])
@@ -146,7 +164,12 @@ def test_truncated_file_is_named(tmp_path: pathlib.Path, suffix: str, kept: floa
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.pt", b"hello, world", "damaged, truncated, or not a PyTorch weight"),
+        pytest.param(
+            "a.pt",
+            b"hello, world",
+            "damaged, truncated, or not a PyTorch weight",
+            marks=pytest.mark.torch,
+        ),
         ("a.safetensors", b"hello, world", "damaged or truncated safetensors"),
         ("a.npz", b"", "found a .npz file, expected weights as one of .safetensors, .pt"),
         ("a", b"", "found a suffixless file"),
@@ -162,7 +185,10 @@ def test_other_files(tmp_path: pathlib.Path, name: str, data: bytes | None, mess
     assert one_line(error).startswith(str(path))
 
 
+@pytest.mark.torch
 def test_directory_and_contents_without_weights(tmp_path: pathlib.Path) -> None:
+    import torch
+
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(InputError, match="found a directory"):
         files.read_checkpoint(tmp_path / "folder.pt")
@@ -174,8 +200,9 @@ def test_directory_and_contents_without_weights(tmp_path: pathlib.Path) -> None:
         files.read_weights(tmp_path / "empty.pt")
 
 
-def test_no_pytorch(checkpoint: pathlib.Path, monkeypatch) -> None:
+def test_no_pytorch(tmp_path: pathlib.Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
+    (checkpoint := tmp_path / "0400000.pt").write_bytes(b"")
     with pytest.raises(InputError, match=r'pip install "ig_jax\[convert\]"'):
         files.read_checkpoint(checkpoint)
 

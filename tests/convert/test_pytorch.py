@@ -128,8 +128,10 @@ def test_ema_is_preferred(sit):
     assert_same(to_pytorch(model), sit)
 
 
+@pytest.mark.torch
 def test_training_checkpoint_file(sit, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensors = {f"module.{name}": torch.from_numpy(array) for name, array in sit.items()}
     content = dict(
         model={name: tensor + 1 for name, tensor in tensors.items()},
@@ -143,8 +145,10 @@ def test_training_checkpoint_file(sit, tmp_path):
     assert_same(to_pytorch(from_pytorch(tmp_path / "0000100.pt", **GIVEN)), sit)
 
 
+@pytest.mark.torch
 def test_torch_tensors_in_a_mapping(sit):
-    torch = pytest.importorskip("torch")
+    import torch
+
     tensors = {name: torch.from_numpy(array).bfloat16() for name, array in sit.items()}
     tensors["pos_embed"] = torch.nn.Parameter(tensors["pos_embed"].float())
     expected = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
@@ -290,8 +294,9 @@ def test_foreign_networks_are_refused():
         from_pytorch({})
 
 
+@pytest.mark.torch
 def test_unsafe_and_damaged_files_are_refused(sit, tmp_path, capsys):
-    torch = pytest.importorskip("torch")
+    import torch
 
     class Payload:
         def __reduce__(self):

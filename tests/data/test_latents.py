@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
 from ig_jax.data import benchmark, images, latents, pipeline, prepare, shards
 from ig_jax.errors import InputError
@@ -35,7 +34,7 @@ def write_npy(path, examples):
 
 
 def write_safetensors(path, examples, statistics, twins):
-    """LightningDiT's layout, three shards, statistics as PyTorch saves them."""
+    """LightningDiT's layout, three shards, statistics in the shape that PyTorch's are."""
     path.mkdir(exist_ok=True)
     for shard, indices in enumerate(np.array_split(np.arange(len(examples)), 3)):
         part = [examples[i] for i in indices]
@@ -46,8 +45,8 @@ def write_safetensors(path, examples, statistics, twins):
                 tensors[name] = np.ascontiguousarray(stacked)
         file = path / f"latents_rank00_shard{shard:03d}.safetensors"
         file.write_bytes(safetensors.numpy.save(tensors))
-    values = {k: torch.tensor(v).float().reshape(1, -1, 1, 1) for k, v in statistics.items()}
-    torch.save(values, path / "latents_stats.pt")
+    values = {k: np.float32(v).reshape(1, -1, 1, 1) for k, v in statistics.items()}
+    (path / "latents_stats.safetensors").write_bytes(safetensors.numpy.save(values))
 
 
 @pytest.fixture(scope="module")
@@ -134,14 +133,22 @@ def test_sources_travel_to_worker_processes(root):
         np.testing.assert_equal(copy[3], first)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ""])
+@pytest.mark.parametrize(
+    "suffix", [".safetensors", ".npz", pytest.param(".pt", marks=pytest.mark.torch), ""]
+)
 def test_statistics_of_the_lightningdit_layout(root, tmp_path, suffix):
     path = tmp_path / "light"
     shutil.copytree(root / "twins" / "light", path)
-    (path / "latents_stats.pt").unlink()
+    (path / "latents_stats.safetensors").unlink()
     mean, std = np.arange(4, dtype=np.float32), np.full((1, 4, 1, 1), 2, np.float32)
     if suffix == ".npz":
         np.savez(path / "latents_stats.npz", mean=mean, std=std)
+    elif suffix == ".pt":
+        import torch
+
+        torch.save(
+            {"mean": torch.tensor(mean), "std": torch.tensor(std)}, path / "latents_stats.pt"
+        )
     elif suffix:
         data = safetensors.numpy.save({"mean": mean, "std": std})
         (path / "latents_stats.safetensors").write_bytes(data)
@@ -167,11 +174,13 @@ def test_npy_files_as_numpy_writes_them(root, tmp_path, version, order):
     assert example["std"].dtype == np.float32 and example["std"].dtype.isnative
 
 
+@pytest.mark.torch
 def test_half_precision_shards(tmp_path):
-    values = np.linspace(-1, 1, 2 * 4 * 2 * 2, dtype=np.float32).reshape(2, 4, 2, 2)
-    tensors = {"latents": torch.tensor(values).bfloat16(), "labels": torch.tensor([1, 0])}
+    import torch
     from safetensors.torch import save_file
 
+    values = np.linspace(-1, 1, 2 * 4 * 2 * 2, dtype=np.float32).reshape(2, 4, 2, 2)
+    tensors = {"latents": torch.tensor(values).bfloat16(), "labels": torch.tensor([1, 0])}
     save_file(tensors, tmp_path / "latents_rank00_shard000.safetensors")
     train = latents.open_latents(str(tmp_path)).train
     np.testing.assert_allclose(train[1]["x"], values[1].transpose(1, 2, 0), atol=4e-3)

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 TPU, SLURM = ROOT / "launch" / "tpu.sh", ROOT / "launch" / "slurm.sh"
 ZONE = "--zone=us-west4-a"
 HERE = ["--name=ig", ZONE]
-RUN = ["--", "--mode=train", "--config=configs/sit_xl_2.py", "--workdir=gs://b/w d", "--x=it's $5"]
+RUN = ["--", "--mode=train", "--config=configs/sit_xl_ig.py", "--workdir=gs://b/w d", "--x=it's $5"]
 
 STAND_IN = """\
 import json, os, pathlib, subprocess, sys
