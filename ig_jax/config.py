@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import numbers
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from ig_jax import checks
+from ig_jax.checks import Limits
 from ig_jax.diffusion import interpolant, loss, sampler
 from ig_jax.diffusion.guidance import Guidance, check_interval
 from ig_jax.errors import InputError, suggest
@@ -190,16 +193,28 @@ def _kind(value: Any) -> str:
     return "a list of numbers" if isinstance(value, tuple | list) else "a string"
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
 def _fits(value: Any, like: Any) -> bool:
     if isinstance(like, bool) or isinstance(value, bool):
         return isinstance(value, bool) and isinstance(like, bool)
     if isinstance(like, int):
         return isinstance(value, numbers.Integral)
     if isinstance(like, float):
-        return isinstance(value, numbers.Real)
+        return _number(value)
     if isinstance(like, tuple | list):
-        return isinstance(value, tuple | list) and all(isinstance(v, numbers.Real) for v in value)
+        return isinstance(value, tuple | list) and all(map(_number, value))
     return isinstance(value, str)
+
+
+def _check_finite(field: str, value: Any) -> None:
+    """Raises `InputError` unless a number, or every number of a list, is finite."""
+    listed = value if isinstance(value, tuple | list) else (value,)
+    if not all(math.isfinite(v) for v in listed if _number(v)):
+        wanted = "finite numbers" if isinstance(value, tuple | list) else "a finite number"
+        raise InputError(f"{field} is {value}: expected {wanted}")
 
 
 def _check_fields(config: ConfigDict, reference: ConfigDict, prefix: str = "config") -> None:
@@ -218,15 +233,8 @@ def _check_fields(config: ConfigDict, reference: ConfigDict, prefix: str = "conf
             _check_fields(value, like, field)
         elif not _fits(value, like):
             raise InputError(f"{field} is {value!r}: expected {_kind(like)}")
-
-
-def _check_range(config: ConfigDict, field: str, low: float, high: float = float("inf")) -> None:
-    value: Any = config
-    for name in field.split("."):
-        value = value[name]
-    if not low <= value <= high:
-        limit = f"at least {low}" if high == float("inf") else f"{low}…{high}"
-        raise InputError(f"config.{field} is {value}: expected {limit}")
+        else:
+            _check_finite(field, value)
 
 
 def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
@@ -237,36 +245,58 @@ def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
         )
 
 
-_RANGES: tuple[tuple, ...] = (
-    ("train.batch_size", 1),
-    ("train.num_steps", 1),
-    ("train.ema_decay", 0, 1),
-    ("train.accumulate", 1),
-    ("train.log_every", 1),
-    ("train.checkpoint_every", 1),
-    ("train.max_to_keep", 1),
-    ("train.validate_every", 0),
-    ("train.sample_every", 0),
-    ("loss.auxiliary_weight", 0),
-    ("loss.label_dropout", 0, 1),
-    ("loss.cosine_weight", 0),
-    ("loss.guided_target_scale", 0),
-    ("model.num_classes", 0),
-    ("model.auxiliary_depth", -1),
-    ("sampler.num_steps", 1),
-    ("sampler.num_samples", 1),
-    ("sampler.batch_size", 1),
-    ("sampler.time_shift", 1e-3),
-    ("evaluation.num_samples", 2),
-    ("evaluation.every", 0),
-    ("evaluation.train_samples", 2),
-    ("sweep.num_samples", 2),
-    ("sweep.budget", 0),
-    ("sweep.seed", 0),
-    ("sweep.bootstrap", 2),
-    ("data.num_validation", 0),
-    ("data.num_workers", 0),
-)
+# Of every number but rates and decays of the optimiser, which `OptimizerOptions` checks.
+LIMITS: dict[str, Limits] = {
+    "seed": checks.SEED,
+    "data.image_size": Limits(1, 2**16, whole=True),
+    "data.num_validation": checks.COUNT_OR_NONE,
+    # Each is a process with a copy of the data set's index.
+    "data.num_workers": Limits(0, 256, whole=True),
+    "loss.auxiliary_weight": checks.WEIGHT,
+    "loss.label_dropout": checks.SHARE,
+    "loss.cosine_weight": checks.WEIGHT,
+    "loss.guided_target_scale": checks.WEIGHT,
+    "loss.guided_target_start": checks.COUNT_OR_NONE,
+    # 0 stands for the size's own.
+    "model.width": Limits(0, 2**16, whole=True),
+    "model.depth": Limits(0, 2**12, whole=True),
+    "model.heads": Limits(0, 2**12, whole=True),
+    "model.auxiliary_depth": Limits(-1, 2**12, whole=True),
+    "model.input_size": Limits(1, 2**12, whole=True),
+    "model.channels": Limits(1, 2**12, whole=True),
+    "model.patch_size": Limits(1, 2**12, whole=True),
+    "model.num_classes": Limits(0, 2**24, whole=True),
+    "optimizer.warmup_steps": checks.COUNT_OR_NONE,
+    "optimizer.newton_schulz_steps": Limits(1, 100, whole=True),
+    "train.batch_size": checks.BATCH,
+    "train.num_steps": checks.COUNT,
+    "train.ema_decay": checks.SHARE,
+    "train.accumulate": checks.BATCH,
+    "train.log_every": checks.COUNT,
+    "train.validate_every": checks.COUNT_OR_NONE,
+    "train.sample_every": checks.COUNT_OR_NONE,
+    "train.checkpoint_every": checks.COUNT,
+    "train.max_to_keep": checks.COUNT,
+    "train.profile_at": checks.COUNT_OR_NONE,
+    "guidance.ig_scale": checks.SCALE,
+    "guidance.cfg_scale": checks.SCALE,
+    "sampler.num_steps": checks.SAMPLER_STEPS,
+    "sampler.time_shift": checks.TIME_SHIFT,
+    "sampler.rtol": checks.TOLERANCE,
+    "sampler.atol": checks.TOLERANCE,
+    "sampler.num_samples": checks.COUNT,
+    "sampler.batch_size": checks.BATCH,
+    "mesh.data": Limits(-1, 2**31 - 1, whole=True),
+    "mesh.fsdp": Limits(-1, 2**31 - 1, whole=True),
+    "evaluation.num_samples": Limits(2, 2**31 - 1, whole=True),
+    "evaluation.every": checks.COUNT_OR_NONE,
+    "evaluation.train_samples": Limits(2, 2**31 - 1, whole=True),
+    "sweep.num_samples": Limits(2, 2**31 - 1, whole=True),
+    "sweep.budget": checks.COUNT_OR_NONE,
+    # The winner is measured again on the next seed.
+    "sweep.seed": Limits(0, checks.SEED.high - 1, whole=True),
+    "sweep.bootstrap": Limits(2, 100_000, whole=True),
+}
 
 
 def validate(config: ConfigDict) -> None:
@@ -284,8 +314,11 @@ def validate(config: ConfigDict) -> None:
     _check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
     _check_choice("loss.times", config.loss.times, interpolant.TIMES)
     sampler.check_name(config.sampler.name)
-    for field, *limits in _RANGES:
-        _check_range(config, field, *limits)
+    for field, limits in LIMITS.items():
+        value: Any = config
+        for name in field.split("."):
+            value = value[name]
+        limits.check(f"config.{field}", value)
     for name in ("ig_interval", "cfg_interval"):
         check_interval(f"config.guidance.{name}", tuple(config.guidance[name]))
     _check_choice("evaluation.features", config.evaluation.features, FEATURES)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ig_jax import checks
 from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import sampler as samplers
 from ig_jax.diffusion.guidance import Guidance, GuidedVelocity, Interval
@@ -179,8 +180,8 @@ def sample(
         weak_params,
         _check_labels(labels, model.spec.num_classes),
         (_scalar(guidance.ig_scale), _scalar(guidance.cfg_scale)),
-        _check_seed(seed),
-        first_index,
+        jnp.uint32(_checked("seed", seed, checks.SEED)),
+        _checked("first_index", first_index, checks.COUNT_OR_NONE),
     )
     pictures = x if decoder is None else decoder(x)
     return Samples(pictures, visited, times) if trajectory else pictures
@@ -268,8 +269,8 @@ def _recipe(
     if num_steps is None:
         num_steps = own_steps if name == own_name else _OTHER_STEPS
     time_shift = own_shift if time_shift is None else time_shift
-    if not 0 < time_shift < float("inf"):
-        raise InputError(f"time_shift is {time_shift}: expected a positive number")
+    checks.SAMPLER_STEPS.check("num_steps", num_steps)
+    checks.TIME_SHIFT.check("time_shift", time_shift)
     known_path = interpolant.get(path)
     if name != samplers.ADAPTIVE:
         samplers.time_grid(name, num_steps, known_path, time_shift)
@@ -278,9 +279,7 @@ def _recipe(
 
 def _check_guidance(model: DiT, guidance: Guidance) -> None:
     for field in ("ig_scale", "cfg_scale"):
-        scale = getattr(guidance, field)
-        if not _traced(scale) and not (np.ndim(scale) == 0 and np.isfinite(scale)):
-            raise InputError(f"{field} is {scale}: expected a finite number")
+        _checked(field, getattr(guidance, field), checks.SCALE)
     headless = model.spec.auxiliary_depth is None and guidance.weak is None
     if headless and not _is_one(guidance.ig_scale):
         raise InputError(
@@ -309,6 +308,7 @@ def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: i
         raise InputError(
             f"labels are {values.dtype} of shape {values.shape}: expected (B,) integers, B ≥ 1"
         )
+    checks.BATCH.check("the number of labels", len(values))
     if not _traced(labels):
         outside = values[(values < 0) | (values > num_classes)]
         if outside.size:
@@ -319,12 +319,13 @@ def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: i
     return jnp.asarray(labels, jnp.int32)
 
 
-def _check_seed(seed: int | jax.Array) -> jax.Array | np.uint32:
-    if _traced(seed):
-        return seed
-    if not 0 <= int(seed) < 2**32:
-        raise InputError(f"seed is {seed}: expected 0…{2**32 - 1}")
-    return np.uint32(int(seed))
+def _checked(name: str, value: Any, limits: checks.Limits) -> Any:
+    """The value, which must be within the limits where it is known: inside `jit` it may not be."""
+    if not _traced(value):
+        # A concrete array without axes is as good as a number.
+        scalar = hasattr(value, "dtype") and value.ndim == 0
+        limits.check(name, value.item() if scalar else value)
+    return value
 
 
 def _traced(value: Any) -> bool:
