@@ -486,15 +486,41 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
     return json.loads(config.to_json())
 
 
-def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Rebuilds a config from `to_json`'s values; lists become tuples, as in the defaults."""
+def from_json(values: dict[str, Any], origin: str = "the saved config") -> ConfigDict:
+    """Rebuilds a config from `to_json`'s values; lists become tuples, as in the defaults.
+
+    Fields that an older version did not have get their defaults: a new field's default means what
+    was done before there was the field, so that no saved run changes its meaning.
+
+    Args:
+        values: nested plain values.
+        origin: whose they are, for the message.
+
+    Raises:
+        InputError: a field that this version does not know.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(plain(values))
+    def complete(found: dict, defaults: dict, prefix: str) -> dict:
+        for name in found.keys() - defaults.keys():
+            raise InputError(
+                f"{origin} has a field {prefix}.{name}, unknown to this version of ig_jax: "
+                "expected what this version or an older one saved (a newer ig_jax reads it)"
+            )
+        return {
+            name: complete(found.get(name, {}), default, f"{prefix}.{name}")
+            if isinstance(default, dict)
+            else found.get(name, default)
+            for name, default in defaults.items()
+        }
+
+    values = plain(values)
+    family = values.get("model", {}).get("family", "sit")
+    return ConfigDict(complete(values, default_config(family).to_dict(), "config"))
 
 
 def fingerprint(config: ConfigDict) -> str:
@@ -504,7 +530,7 @@ def fingerprint(config: ConfigDict) -> str:
 
 
 # Fields that a restarted run may change: they do not alter what is learned. `num_steps` is among
-# them so that a finished run can be prolonged.
+# them so that a finished run can be prolonged, where the learning rate does not depend on it.
 _FREE = ("guidance", "sampler", "mesh", "evaluation", "sweep")
 _FREE_TRAIN = (
     "num_steps",
@@ -520,7 +546,10 @@ _FREE_MODEL = ("scan_blocks", "remat")
 
 
 def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
-    """Lists the fields that forbid continuing `saved`'s training with `config`, one line each."""
+    """Lists the fields that forbid continuing `saved`'s training with `config`, one line each.
+
+    Both are complete (`from_json` completes a saved one).
+    """
     free = {"train": _FREE_TRAIN, "data": _FREE_DATA, "model": _FREE_MODEL}
     lines = []
     for section, values in config.items():
@@ -528,10 +557,15 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
             continue
         pairs = values.items() if isinstance(values, ConfigDict) else [("", values)]
         for name, value in pairs:
-            old = saved.get(section)
-            old = old.get(name) if name and isinstance(old, ConfigDict) else old
+            old = saved[section][name] if name else saved[section]
             if name in free.get(section, ()) or value == old:
                 continue
             field = f"config.{section}.{name}".rstrip(".")
             lines.append(f"{field} is {value!r}, the checkpoint has {old!r}")
+    new, old = config.train.num_steps, saved.train.num_steps
+    if new != old and config.optimizer.schedule != "constant":
+        lines.append(
+            f"config.train.num_steps is {new}, the checkpoint has {old}: the learning rate depends "
+            f"on it (config.optimizer.schedule is {config.optimizer.schedule!r})"
+        )
     return lines

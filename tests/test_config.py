@@ -109,6 +109,50 @@ def test_json_round_trip_and_fingerprint():
     assert config_lib.fingerprint(again) != config_lib.fingerprint(config)
 
 
+@pytest.mark.parametrize("family", ["sit", "lightningdit"])
+def test_a_config_saved_before_a_field_was_there_is_completed(family):
+    """Of every field and section at once: whichever is new one day, older workdirs open."""
+    config = config_lib.default_config(family, "b")
+    saved = config_lib.to_json(config)
+    older = {"seed": 0, "model": {"family": family, "size": "b"}, "train": {}}
+    for values in (older, *({k: v for k, v in saved.items() if k != gone} for gone in saved)):
+        values = values | {"model": {"family": family, "size": "b"}}
+        found = config_lib.from_json(values)
+        config_lib.validate(found)
+        assert found.to_dict() == config.to_dict()
+        assert config_lib.differences(config, found) == []
+    for section, fields in saved.items():
+        for gone in fields if isinstance(fields, dict) else ():
+            if (section, gone) not in (("model", "family"), ("model", "size")):
+                values = saved | {section: {k: v for k, v in fields.items() if k != gone}}
+                assert config_lib.from_json(values).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("section", ["train", "later"])
+def test_a_field_of_a_newer_version_is_named(section):
+    values = config_lib.to_json(tiny_config())
+    values.setdefault(section, {})["field"] = 1
+    name = "train.field" if section == "train" else "later"
+    message = f"^w has a field config.{name}, unknown to this version.*a newer ig_jax reads it"
+    with pytest.raises(InputError, match=message) as caught:
+        config_lib.from_json(values, "w")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_length_of_a_run_is_fixed_where_its_learning_rate_depends_on_it():
+    config = tiny_config()
+    config.optimizer.schedule = "cosine"
+    longer = config.copy_and_resolve_references()
+    longer.train.num_steps = 100
+    assert config_lib.differences(config, config) == []
+    assert config_lib.differences(longer, config) == [
+        "config.train.num_steps is 100, the checkpoint has 6: the learning rate depends on it "
+        "(config.optimizer.schedule is 'cosine')"
+    ]
+    config.optimizer.schedule = longer.optimizer.schedule = "constant"
+    assert config_lib.differences(longer, config) == []
+
+
 def test_differences_name_what_matters_and_only_that():
     saved, config = tiny_config(), tiny_config()
     config.guidance.ig_scale = 3.0

@@ -125,7 +125,7 @@ class Checkpoints:
     def config(self, which: int | str = "last") -> ConfigDict:
         """The config that made a checkpoint."""
         items = self._restore(which, config=ocp.args.JsonRestore())
-        return config_lib.from_json(items["config"])
+        return config_lib.from_json(items["config"], f"the config in {self.directory}")
 
     def save(
         self,
@@ -199,7 +199,7 @@ class Checkpoints:
 
 def saved_config(workdir: str, which: int | str = "last") -> ConfigDict:
     """The config of a workdir's checkpoint; raises `InputError` as `Checkpoints.step` does."""
-    return config_lib.from_json(_saved_json(workdir, which, "config"))
+    return config_lib.from_json(_saved_json(workdir, which, "config"), f"the config of {workdir}")
 
 
 def saved_source(workdir: str, which: int | str = "last") -> DataSource | None:
