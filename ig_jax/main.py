@@ -57,9 +57,9 @@ def _sweep(config: ConfigDict, workdir: str) -> str:
 
 
 def _compile(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.training import aot
+    from ig_jax.plan import fit
 
-    return aot.run(config, workdir)
+    return fit.run(config, workdir)
 
 
 # mode → (what it does, function(config, workdir) → the last line to print)
@@ -148,7 +148,7 @@ def _run(argv: list[str]) -> None:
     from ig_jax import config as config_lib
 
     config_lib.validate(config)
-    from ig_jax.training import processes
+    from ig_jax.parallel import processes
 
     processes.initialize(config_lib.fingerprint(config))
     last_line = MODES[mode][1](config, workdir)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         app.run(_run, argv, flags_parser=_parse)
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
-        from ig_jax.training import processes
+        from ig_jax.parallel import processes
 
         processes.abandon(2)
     return 0

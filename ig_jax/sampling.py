@@ -27,9 +27,9 @@ from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params, merge
+from ig_jax.parallel.processes import is_primary
 from ig_jax.training import sharding
 from ig_jax.training.checkpoint import Checkpoints
-from ig_jax.training.processes import is_primary
 
 
 def choose_labels(

@@ -31,8 +31,8 @@ from ig_jax.evaluation.sets import SetFeatures
 from ig_jax.evaluation.statistics import ReferenceStatistics
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params
+from ig_jax.parallel.processes import is_primary
 from ig_jax.training.checkpoint import Checkpoints
-from ig_jax.training.processes import is_primary
 
 FOLDER = "evaluation"
 

@@ -31,7 +31,7 @@ from ig_jax.evaluation.statistics import (
     ReferenceStatistics,
     RunningStatistics,
 )
-from ig_jax.training.processes import is_primary
+from ig_jax.parallel.processes import is_primary
 
 # Pictures per call of the extractor; part of what makes two routes agree to the last bit.
 CHUNK = 256

@@ -33,7 +33,7 @@ from ig_jax.evaluation.protocol import Result
 from ig_jax.evaluation.statistics import gaussian_statistics
 from ig_jax.experiment import Experiment
 from ig_jax.models.functional import Params
-from ig_jax.training.processes import is_primary
+from ig_jax.parallel.processes import is_primary
 
 FOLDER = "sweep"
 # Of the full grid's samples, if the config names no budget.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from ig_jax.data import benchmark, images, latents, pipeline, prepare, shards
+from ig_jax.data import images, latents, pipeline, prepare, shards
 from ig_jax.errors import InputError
 from tests.data.common import OPTIONS, encode, make_tree
 
@@ -185,15 +185,6 @@ def test_half_precision_shards(tmp_path):
     train = latents.open_latents(str(tmp_path)).train
     np.testing.assert_allclose(train[1]["x"], values[1].transpose(1, 2, 0), atol=4e-3)
     assert train[0]["label"] == 1 and train[0]["x"].dtype == np.float32
-
-
-@pytest.mark.parametrize("write", benchmark.LAYOUTS.values())
-def test_the_benchmark_writes_each_layout(tmp_path, write):
-    write(str(tmp_path), benchmark.random_latents(30), 30)
-    source = latents.open_latents(str(tmp_path), num_classes=1000)
-    assert source.shape == (32, 32, 4) and len(source.train) == 30
-    example = source.train[29]
-    assert example["label"] == 29 and example.get("mean", example.get("x"))[0, 0, 0] == 29
 
 
 def test_no_data_says_how_to_prepare_it(tmp_path):

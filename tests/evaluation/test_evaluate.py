@@ -416,7 +416,7 @@ def test_pictures_by_inception(experiment, tmp_path, monkeypatch):
 
 _TWO_PROCESSES = """
 import json, sys
-from ig_jax.training import processes
+from ig_jax.parallel import processes
 processes.initialize("same")
 import jax
 from ig_jax.evaluation import evaluate

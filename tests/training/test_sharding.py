@@ -13,11 +13,13 @@ from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import merge, split
-from ig_jax.training import aot, loop, sharding
+from ig_jax.plan import fit
+from ig_jax.plan.hlo import collectives
+from ig_jax.training import loop, sharding
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
 from ig_jax.training.checkpoint import Checkpoints
-from tests.training import meshes
+from tests import meshes
 
 SHAPES = [(8, 1), (4, 2), (1, 8)]
 
@@ -112,7 +114,7 @@ def sizes(state):
 def check_plan(hlo, state, data, fsdp):
     """Fails unless a step's exchanges are those of its parameters, byte for byte."""
     total, split_, scanned = sizes(state)
-    found = aot.collectives(hlo)
+    found = collectives(hlo)
     scalars = 1024  # losses and the gradient norm
     expected = {}
     if fsdp > 1:
@@ -135,7 +137,7 @@ def test_a_gather_of_activations_would_be_noticed(monkeypatch):
     """XLA's own partitioning, without the plan of `sharding.network`, moves activations."""
     monkeypatch.setattr(sharding, "network", lambda mesh, graphdef, params: merge(graphdef, params))
     experiment = meshes.experiment_on(meshes.wide_config(), mesh_of(1, 8))
-    step = aot.lower_train_step(experiment).compile(meshes.QUICKLY)
+    step = fit.lower_train_step(experiment).compile(meshes.QUICKLY)
     with pytest.raises(AssertionError):
         check_plan(step.as_text(), trained(1, 8).state, 1, 8)
 
@@ -146,17 +148,17 @@ def test_training_a_head_alone_costs_a_forward_pass():
     config.optimizer.trainable = "auxiliary_head"
     config.model.scan_blocks = False  # XLA counts the operations of a loop's body once
     experiment = meshes.experiment_on(config, mesh_of(2, 4))
-    step = aot.lower_train_step(experiment).compile(meshes.QUICKLY)
+    step = fit.lower_train_step(experiment).compile(meshes.QUICKLY)
     images = config.train.batch_size // 8
     assert step.cost_analysis()["flops"] < 1.25 * images * dit.forward_flops(experiment.spec)
-    found = aot.collectives(step.as_text())
+    found = collectives(step.as_text())
     head = sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.shapes["auxiliary_head"]))
     assert "reduce-scatter" not in found and found["all-reduce"].bytes <= head + 1024
 
 
 def test_a_sampler_gathers_parameters_once_and_exchanges_nothing_else():
     experiment = meshes.experiment_on(meshes.wide_config(), mesh_of(2, 4))
-    found = aot.collectives(aot.lower_sampler(experiment).compile().as_text())
+    found = collectives(fit.lower_sampler(experiment).compile().as_text())
     _, split_, _ = sizes(trained(1, 8).state)
     assert set(found) == {"all-gather"}
     assert split_ <= found["all-gather"].bytes <= 1.05 * split_
@@ -178,7 +180,7 @@ def test_layers_shared_out_over_devices_are_exact(shape, layers):
     found = run(jax.device_put(x, place))
     np.testing.assert_allclose(found, jax.jit(iterate)(x), atol=1e-5)
     text = run.lower(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)).compile().as_text()
-    exchanged = set(aot.collectives(text))
+    exchanged = set(collectives(text))
     assert exchanged <= {"all-to-all", "all-gather"}
     assert ("all-to-all" in exchanged) == (shape[1] > 1)
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from ig_jax.training import processes, sharding
+from ig_jax.parallel import processes
+from ig_jax.training import sharding
 from ig_jax.training.checkpoint import Checkpoints
-from tests.training import meshes
-from tests.training.test_processes import environment, free_port, place
+from tests import meshes
+from tests.parallel.test_processes import environment, free_port, place
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -55,7 +56,7 @@ def test_two_processes_learn_draw_and_restore_what_one_does(tmp_path):
     checkpoints.close()
     port, output = free_port(), tmp_path / "result"
     logs = [tmp_path / f"log{i}" for i in range(2)]
-    command = ["-m", "tests.training.meshes", str(tmp_path), str(output)]
+    command = ["-m", "tests.meshes", str(tmp_path), str(output)]
     children = [start(command, port, i, logs[i]) for i in range(2)]
     assert wait(children, logs) == [0, 0], [log.read_text() for log in logs]
     samples, expected = [], jax.tree.leaves(jax.device_get(saved))

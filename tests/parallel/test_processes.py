@@ -13,12 +13,12 @@ import threading
 import pytest
 
 from ig_jax.errors import InputError
-from ig_jax.training import processes
+from ig_jax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
 START = """
 import sys
-from ig_jax.training import processes
+from ig_jax.parallel import processes
 from ig_jax.errors import InputError
 try:
     processes.initialize({hash!r}, timeout_s={timeout})

@@ -1,4 +1,4 @@
-"""How fast latents are read: `python -m ig_jax.data.benchmark` makes a set in each layout, shuffles
+"""How fast latents are read: `python -m ig_jax.plan.reading` makes a set in each layout, shuffles
 through it as training does, and prints latents per second and the peak memory of the reader.
 """
 

@@ -3,16 +3,11 @@ shapes alone, to see before paying for a pod whether a run fits and what its dev
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import importlib.util
-import math
-import os
 import re
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,36 +18,13 @@ from ml_collections import ConfigDict
 from ig_jax import config as config_lib
 from ig_jax import console, sampling
 from ig_jax.data.source import DataSource
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
+from ig_jax.plan import topology
+from ig_jax.plan.hlo import Collective, collectives
+from ig_jax.plan.topology import GIB
 from ig_jax.training import loop, sharding
-
-GIB = 2**30
-# Memory of one chip in GiB (Google Cloud, "TPU versions"), by the kind that JAX calls it.
-HBM_GIB = {
-    "TPU v2": 16,
-    "TPU v3": 32,
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
-}
-TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v5e:16x16", "v5p:2x2x2", "v6e:4x4", "v6e:16x16")
-LIBTPU = "libtpu==0.0.42.*"
-
-
-@dataclasses.dataclass(frozen=True)
-class Collective:
-    """One kind of exchange between devices in one run of a program.
-
-    Attributes:
-        count: how often it happens, scanned layers counted one by one.
-        bytes: sizes of the whole arrays exchanged, by one device, added up.
-    """
-
-    count: int
-    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +40,7 @@ class Compiled:
             a program that the compiler refused, the least it asked for.
         fits: whether `peak` is within the device's memory (True if that is unknown).
         collectives: what devices exchange, by kind ("all-gather", …).
+        refused: whether the compiler gave up for want of memory; nothing but `peak` is known then.
     """
 
     name: str
@@ -77,6 +50,7 @@ class Compiled:
     peak: int
     fits: bool
     collectives: dict[str, Collective]
+    refused: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +100,9 @@ class Report:
 
     def _program_lines(self, program: Compiled) -> Iterator[str]:
         yield f"{program.name}: compiled in {program.seconds:.0f} s"
-        if not program.temporaries:
-            yield f"  memory: refused by the compiler: needs {_gib(program.peak)} or more"
+        if program.refused:
+            needs = f": needs {_gib(program.peak)} or more" if program.peak else ""
+            yield f"  memory: refused by the compiler{needs}"
             return
         spare = ""
         if self.memory:
@@ -142,10 +117,9 @@ class Report:
             yield "  no exchange between devices"
 
     def _verdict(self) -> str:
-        if self.memory is None:
-            return "memory of these devices unknown: compare the peak with theirs"
         if self.fits:
-            return "it fits"
+            unknown = "memory of these devices unknown: compare the peak with theirs"
+            return unknown if self.memory is None else "it fits"
         if self.advice is None:
             return "it does not fit, nor with any one change tried: use a larger topology"
         fields = " ".join(f"--config.{name}={value}" for name, value in self.advice.items())
@@ -178,9 +152,10 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
     Returns:
         The report. Raises `InputError` as `run` does.
     """
-    devices = topology_devices(config.mesh.topology) if config.mesh.topology else jax.devices()
+    name = config.mesh.topology
+    devices = topology.devices(name) if name else jax.devices()
     config = _resolve(config, devices)
-    memory = device_memory(devices)
+    memory = topology.device_memory(devices)
     experiment = Experiment.from_config(config, devices)
     with console.progress_bar(len(programs), "compiling") as advance:
         compiled = []
@@ -223,53 +198,6 @@ _CHOICES = (
     "train.accumulate",
     "sampler.batch_size",
 )
-
-
-def topology_devices(topology: str) -> list[jax.Device]:
-    """The devices of a TPU topology, made up by the TPU compiler.
-
-    Args:
-        topology: generation and chips, e.g. "v5e:4x4"; "*2" at the end means two slices of it.
-
-    Returns:
-        Device descriptions to build a mesh of. Raises `InputError`.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise InputError(
-            f"config.mesh.topology is {topology!r}: compiling for a TPU needs its compiler; "
-            f'pip install "{LIBTPU}"'
-        )
-    name, star, slices = topology.partition("*")
-    if star and not slices.isdecimal():
-        raise InputError(f"config.mesh.topology is {topology!r}: expected a number after '*'")
-    from jax.experimental import topologies
-
-    # libtpu looks for a TPU machine and, where there is none, says so in a dozen lines.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
-    # It also keeps a second process out, for the sake of a TPU that is not used here.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    options = {"num_slices": int(slices)} if star else {}
-    try:
-        return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
-        raise InputError(
-            f"config.mesh.topology is {topology!r}: expected a TPU topology such as "
-            f"{', '.join(TOPOLOGIES)}{suggest(name, TOPOLOGIES)} ({str(error).splitlines()[0]})"
-        ) from None
-
-
-def device_memory(devices: Sequence[jax.Device]) -> int | None:
-    """Bytes of memory of one device, or None where that is unknown (a CPU)."""
-    kind = devices[0].device_kind
-    if kind in HBM_GIB:
-        cores = 1 + max(device.core_on_chip for device in devices)
-        return HBM_GIB[kind] * GIB // cores
-    with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError, NotImplementedError):
-        return (devices[0].memory_stats() or {}).get("bytes_limit")
-    return None
 
 
 def _resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
@@ -342,7 +270,7 @@ def _compile(name: str, experiment: Experiment, memory: int | None) -> Compiled:
         needed = _refused(str(error))
         if needed is None:
             raise
-        return Compiled(name, time.monotonic() - start, 0, 0, needed, False, {})
+        return Compiled(name, time.monotonic() - start, 0, 0, needed, False, {}, refused=True)
     seconds = time.monotonic() - start
     sizes = compiled.memory_analysis()
     results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
@@ -412,110 +340,3 @@ def _smallest_change(
         if _compile(name, experiment, memory).fits:
             return {field: value} | ({"mesh.data": -1} if field == "mesh.fsdp" else {})
     return None
-
-
-# Reading a compiled program.
-
-_KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|collective-broadcast"
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\(")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
-_BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
-# Groups of one device each, as an axis of size 1 makes.
-_ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
-_ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
-
-
-@dataclasses.dataclass
-class _Computation:
-    """One computation of an HLO module: its exchanges, what it calls how often, and its lines."""
-
-    lines: list[str] = dataclasses.field(default_factory=list)
-    found: list[tuple[str, int]] = dataclasses.field(default_factory=list)
-    calls: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
-def collectives(hlo: str) -> dict[str, Collective]:
-    """Counts what one device exchanges in one run of a compiled program.
-
-    Args:
-        hlo: the optimised module's text, of a TPU, GPU or CPU.
-
-    Returns:
-        By kind, its count and bytes, the bodies of loops taken as often as they run. A TPU's
-        all-reduce whose result is at once cut into pieces counts as the reduce-scatter that it is.
-    """
-    module, entry = _read(hlo)
-    counts: Counter[str] = Counter()
-    sizes: Counter[str] = Counter()
-
-    def visit(name: str, times: int) -> None:
-        for kind, size in module[name].found:
-            counts[kind] += times
-            sizes[kind] += times * size
-        for called, calls in module[name].calls.items():
-            visit(called, times * calls)
-
-    visit(entry, 1)
-    return {kind: Collective(counts[kind], sizes[kind]) for kind in counts}
-
-
-def _read(hlo: str) -> tuple[dict[str, _Computation], str]:
-    """Reads a module: its computations by name, and the name of its entry."""
-    module: dict[str, _Computation] = {}
-    entry = name = ""
-    for line in hlo.splitlines():
-        if header := _COMPUTATION.match(line):
-            name = header[2]
-            module[name] = _Computation()
-            entry = name if header[1] else entry
-        elif _INSTRUCTION.match(line):
-            module[name].lines.append(line)
-    for name, computation in module.items():
-        computation.found = _exchanges(name, computation.lines)
-        for line in computation.lines:
-            computation.calls.update(_calls(line, module))
-    return module, entry
-
-
-def _calls(line: str, module: dict[str, _Computation]) -> dict[str, int]:
-    """The computations that an instruction runs, and how often."""
-    if _INSTRUCTION.match(line)[3] != "while":
-        branches = [n.strip(" %") for names in _BRANCHES.findall(line) for n in names.split(",")]
-        return Counter(_CALLED.findall(line) + branches)
-    condition, body = (re.search(rf"{key}=%?([\w.-]+)", line)[1] for key in ("condition", "body"))
-    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
-        return {body: int(known[1])}
-    # A scan counts up to a constant that its condition compares with.
-    bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(module[condition].lines))
-    return {body: max(map(int, bounds), default=1)}
-
-
-def _exchanges(name: str, lines: list[str]) -> list[tuple[str, int]]:
-    """Kind and bytes of every exchange that begins in the computation called `name`."""
-    # A TPU spreads one gather over the computations it overlaps with; only the first one counts.
-    if name.startswith("async_collective_fusion") or any("AsyncCollectiveDone" in x for x in lines):
-        return []
-    instructions = [_INSTRUCTION.match(line).groups() for line in lines]
-    shapes = {name: shape for name, shape, _ in instructions}
-    found = []
-    for line, (_, shape, operation) in zip(lines, instructions, strict=True):
-        kind = operation.removesuffix("-start")
-        if not re.fullmatch(_KINDS, kind) or _ALONE.search(line):
-            continue
-        if kind == "reduce-scatter":
-            operands = re.search(rf" {operation}\(([^)]*)\)", line)[1].split(", ")
-            shape = " ".join(shapes[operand.split("%")[-1]] for operand in operands)
-        arrays = [_bytes(*array) for array in _ARRAY.findall(shape) if array[0] != "u32"]
-        if operation.endswith("-start") and kind not in ("all-reduce", "reduce-scatter"):
-            arrays = arrays[len(arrays) // 2 :]  # Operands come first, then results.
-        if name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"
-        found.append((kind, sum(arrays)))
-    return found
-
-
-def _bytes(kind: str, shape: str) -> int:
-    """Bytes of an array that HLO writes as `kind[shape]`."""
-    bits = 8 if kind == "pred" or kind.startswith("f8") else int(re.search(r"\d+", kind)[0])
-    return math.prod(int(n) for n in shape.split(",") if n) * bits // 8

@@ -87,7 +87,7 @@ def restore(workdir: str, config: ConfigDict, mesh: jax.sharding.Mesh) -> TrainS
 
 def main(workdir: str, output: str) -> None:
     """Runs as one process of several: trains, draws, restores `workdir`, writes what it found."""
-    from ig_jax.training import processes
+    from ig_jax.parallel import processes
 
     processes.initialize("same", timeout_s=60)
     config = wide_config()

@@ -1,0 +1,1 @@
+"""Processes of one run, over one or many hosts."""

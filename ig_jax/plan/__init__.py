@@ -1,0 +1,1 @@
+"""Before a run: will it fit, and how fast is it."""

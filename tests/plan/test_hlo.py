@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ig_jax.plan import hlo
+from ig_jax.training import sharding
+
+
+def exchanged(function, shape, spec, mesh=None):
+    mesh = mesh or sharding.make_mesh(2, 4)
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+    run = jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    )
+    return hlo.collectives(run.lower(x).compile().as_text())
+
+
+def test_exchanges_are_counted_with_their_whole_arrays():
+    def gather(x):
+        whole = jax.lax.all_gather(x, "fsdp", tiled=True)
+        return x + whole[: len(x)]
+
+    def scatter(x):
+        return jax.lax.psum_scatter(jnp.concatenate([x] * 4), "fsdp", tiled=True)
+
+    def summed(x):
+        return jax.lax.psum(x, "data")
+
+    # Each device holds 16 of the 64 rows of 32 float32.
+    piece = 16 * 32 * 4
+    spec = P("fsdp")
+    assert exchanged(gather, (64, 32), spec) == {"all-gather": hlo.Collective(1, 4 * piece)}
+    assert exchanged(scatter, (64, 32), spec) == {"reduce-scatter": hlo.Collective(1, 4 * piece)}
+    assert exchanged(summed, (64, 32), spec) == {"all-reduce": hlo.Collective(1, piece)}
+
+
+def test_exchanges_in_loops_count_as_often_as_they_run():
+    def loop(x):
+        def body(x, _):
+            return jax.lax.psum(x, "fsdp") * 0.5, None
+
+        def outer(x, _):
+            return jax.lax.scan(body, x, None, length=7)[0], None
+
+        return jax.lax.scan(outer, x, None, length=3)[0]
+
+    assert exchanged(loop, (64, 32), P("fsdp"))["all-reduce"] == hlo.Collective(21, 21 * 2048)
+
+
+def test_an_axis_of_one_device_exchanges_nothing():
+    mesh = sharding.make_mesh(1, 8)
+    assert exchanged(lambda x: jax.lax.psum(x, "data"), (64, 32), P("fsdp"), mesh) == {}
+
+
+TPU_MODULE = """\
+HloModule step, is_scheduled=true
+
+%all-reduce-scatter.1 (input: f32[64,128]) -> f32[16,128] {
+  %input = f32[64,128]{1,0:T(8,128)} parameter(0)
+  %sum = f32[64,128]{1,0:T(8,128)} all-reduce(%input), channel_id=1, replica_groups={{0,1,2,3}}
+  ROOT %cut = f32[16,128]{1,0:T(8,128)} dynamic-slice(%sum, %i, %j), dynamic_slice_sizes={16,128}
+}
+
+%first (p: bf16[8,128]) -> bf16[32,128] {
+  %p = bf16[8,128]{1,0} parameter(0)
+  %g = bf16[32,128]{1,0} all-gather(%p), channel_id=7, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %s = (bf16[8,128]{1,0}, u32[]) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%async_collective_fusion.2 (p: bf16[8,128]) -> bf16[32,128] {
+  %p.1 = bf16[8,128]{1,0} parameter(0)
+  ROOT %g.1 = bf16[32,128]{1,0} all-gather(%p.1), channel_id=7, replica_groups={{0,1,2,3}}
+}
+
+%last (p: bf16[8,128]) -> bf16[32,128] {
+  %p.2 = bf16[8,128]{1,0} parameter(0)
+  %g.2 = bf16[32,128]{1,0} all-gather(%p.2), channel_id=7, replica_groups={{0,1,2,3}}
+  ROOT %d = bf16[32,128]{1,0} custom-call(%g.2), custom_call_target="AsyncCollectiveDone"
+}
+
+%condition (c: (s32[], f32[64,128])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(28)
+  %c = (s32[]{:T(128)}, f32[64,128]{1,0}) parameter(0)
+  %n = s32[]{:T(128)} get-tuple-element(%c), index=0
+  ROOT %less = pred[]{:T(512)} compare(%n, %bound), direction=LT
+}
+
+%body (b: (s32[], f32[64,128])) -> (s32[], f32[64,128]) {
+  %b = (s32[]{:T(128)}, f32[64,128]{1,0}) parameter(0)
+  %x = f32[64,128]{1,0} get-tuple-element(%b), index=1
+  %f = f32[16,128]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %g0 = bf16[32,128]{1,0} fusion(%x), kind=kLoop, calls=%first
+  %g1 = bf16[32,128]{1,0} fusion(%g0), kind=kOutput, calls=%async_collective_fusion.2
+  %g2 = bf16[32,128]{1,0} fusion(%g1), kind=kLoop, calls=%last
+  ROOT %t = (s32[]{:T(128)}, f32[64,128]{1,0}) tuple(%m, %x)
+}
+
+ENTRY %main (x: f32[64,128]) -> f32[64,128] {
+  %x.1 = f32[64,128]{1,0} parameter(0)
+  %w = (s32[]{:T(128)}, f32[64,128]{1,0}) while(%t.0), condition=%condition, body=%body
+  %move = (f32[4,8]{1,0}, f32[4,8]{1,0}, u32[], u32[]) collective-permute-start(%x.1), channel_id=1
+  ROOT %r = f32[64,128]{1,0} get-tuple-element(%w), index=1
+}
+"""
+
+
+def test_tpu_programs_are_read_as_the_compiler_writes_them():
+    """A gather spread over several fusions is one; a sum cut into pieces is a reduce-scatter."""
+    assert hlo.collectives(TPU_MODULE) == {
+        "reduce-scatter": hlo.Collective(28, 28 * 64 * 128 * 4),
+        "all-gather": hlo.Collective(28, 28 * 32 * 128 * 2),
+        "collective-permute": hlo.Collective(1, 4 * 8 * 4),
+    }
