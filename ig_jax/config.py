@@ -28,7 +28,7 @@ SWEEP_METRICS = ("fid", "inception_score", "label_accuracy")
 
 
 def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
-    """Returns a complete config with the published recipe of a family (SPEC §4).
+    """Returns a complete config with the recipe that a family's authors published.
 
     Args:
         family: "sit", "dit" or "lightningdit".

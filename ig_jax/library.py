@@ -26,7 +26,7 @@ from ig_jax.models.autoencoder import Autoencoder, check_latents, to_uint8
 from ig_jax.models.dit import DiT, Network
 from ig_jax.models.functional import Params
 
-# family → sampler, its number of steps and its time shift: the published recipes (SPEC §4).
+# family → sampler, its number of steps and its time shift: as the authors sample.
 RECIPES: dict[str, tuple[str, int, float]] = {
     "sit": ("euler_maruyama", 250, 1.0),
     "dit": ("ddpm", 250, 1.0),
@@ -122,7 +122,7 @@ def sample(
 ) -> jax.Array | Samples:
     """Draws samples with internal guidance, classifier-free guidance, both or neither.
 
-    What is not given follows the paper's recipe for `model.spec.family` (SPEC §4). New labels,
+    What is not given follows the published recipe of `model.spec.family`. New labels,
     scales and seeds do not compile again; a new batch size or interval does. Inside another `jit`
     labels, scales, `seed` and `first_index` may be traced.
 

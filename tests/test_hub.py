@@ -283,7 +283,7 @@ def test_an_unknown_host_is_no_network(server, monkeypatch):
 
 
 def test_the_table_is_the_papers():
-    """Every entry is a published architecture with the recipe and FID of SPEC §4 and §7."""
+    """Every entry is a published architecture with its recipe and the FID of the paper."""
     rows = {
         name: (p.fid, p.cfg_fid, p.guidance.ig_scale, p.spec.auxiliary_depth, p.epochs)
         for name, p in hub.PUBLISHED.items()

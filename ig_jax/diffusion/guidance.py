@@ -70,7 +70,7 @@ def guide(
     ig_scale: jax.Array | float,
     cfg_scale: jax.Array | float,
 ) -> jax.Array:
-    """Turns heads into one guided prediction (SPEC §1): IG on each branch first, then CFG.
+    """Turns heads into one guided prediction: IG on each branch first, then CFG.
 
     Args:
         conditional: prediction for the wanted labels.

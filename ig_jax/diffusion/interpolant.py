@@ -239,7 +239,7 @@ def data_and_noise_from_velocity(
 
 
 def draw_times(path: Interpolant, kind: str, key: jax.Array, count: int) -> jax.Array:
-    """Draws (count,) training times: uniform on (0, 1), or "lognormal" as in SPEC §2."""
+    """Draws (count,) training times: uniform on (0, 1), or "lognormal" (`lognormal_times`)."""
     if kind == "uniform":
         return path.training_time(jax.random.uniform(key, (count,)))
     return path.training_time(lognormal_times(path, jax.random.normal(key, (count,))))

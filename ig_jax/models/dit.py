@@ -159,7 +159,8 @@ class DiTSpec:
 
 
 class DiT(nnx.Module):
-    """Diffusion transformer with adaLN-zero blocks and two heads (SPEC §1 and §3).
+    """Diffusion transformer with adaLN-zero blocks and two heads (DiT, arXiv 2212.09748; the second
+    head: Internal Guidance, arXiv 2512.24176).
 
     Args:
         spec: the architecture.

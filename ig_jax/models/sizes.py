@@ -1,4 +1,5 @@
-"""The published families and sizes, as one table (SPEC: DiT, SiT and LightningDiT papers).
+"""The published families and sizes, as one table (DiT: arXiv 2212.09748, SiT: 2401.08740,
+LightningDiT: 2501.01423).
 
 A family is a set of options of the one transformer in `dit.py`; a size is (depth, width, heads).
 """

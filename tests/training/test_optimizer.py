@@ -115,7 +115,7 @@ def apply(options, params, steps=2):
 
 
 def muon_reference(weights, gradients, lr=0.02, decay=0.1):
-    """Trains one (out, in) matrix in float64, in the words of SPEC §4."""
+    """Trains one (out, in) matrix in float64, step by step as the release does."""
     m = np.zeros_like(weights)
     for g in gradients:
         m = 0.95 * m + 0.05 * g
