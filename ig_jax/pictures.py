@@ -1,16 +1,104 @@
-"""Pictures for people: labelled sample grids and plots, written as PNG through any file system."""
+"""Picture files: which ones in a folder count, for every reader alike; and pictures for people,
+labelled sample grids and plots, written as PNG through any file system."""
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
+from ig_jax.errors import InputError
+
+# Endings of pictures, in lower case; a file's own may be in any.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif"),
+    *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
+)
+
 _MIN_SIDE = 64
+# What text files and terminals cannot carry: control characters, line breaks, and the surrogates
+# that stand for bytes which are not UTF-8. The backslash, so that escapes can be told from names.
+_UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def list_folder(folder: epath.PathLike) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders that count in a folder, each in order of their bytes.
+
+    Hidden names (`.ipynb_checkpoints`, `._0.png`), links that lead nowhere, and what is neither a
+    file nor a folder (a FIFO, a socket) do not count; a link counts as what it leads to.
+
+    Args:
+        folder: local or `gs://`.
+
+    Raises:
+        InputError: the folder cannot be read.
+    """
+    files: list[str] = []
+    folders: list[str] = []
+    try:
+        if "://" in os.fspath(folder):  # buckets hold neither links nor special files
+            _, folders, files = next(epath.Path(folder).walk())
+        else:
+            for entry in os.scandir(folder):
+                with contextlib.suppress(OSError):  # a link that leads to itself
+                    if entry.is_dir():
+                        folders.append(entry.name)
+                    elif entry.is_file():
+                        files.append(entry.name)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    files, folders = (
+        sorted((name for name in names if not name.startswith(".")), key=os.fsencode)
+        for names in (files, folders)
+    )
+    return files, folders
+
+
+def walk_files(folder: epath.PathLike) -> Iterator[str]:
+    """Yields the files that count in a folder and, after them, in the folders that count in it.
+
+    Args:
+        folder: local or `gs://`.
+
+    Yields:
+        Paths relative to `folder`, with "/" between their parts. Raises `InputError` for a folder
+        that cannot be read.
+    """
+    seen: set[str] = set()
+
+    def visit(place: str, prefix: str) -> Iterator[str]:
+        real = os.path.realpath(place) if "://" not in place else place
+        if real in seen:  # reached through a link before; links may even form a circle
+            return
+        seen.add(real)
+        files, folders = list_folder(place)
+        yield from (prefix + name for name in files)
+        for name in folders:
+            yield from visit(f"{place}/{name}", f"{prefix}{name}/")
+
+    yield from visit(os.fspath(folder), "")
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's ending is that of a picture."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def printable(name: str) -> str:
+    """A file's or folder's name as text that JSON, text files and terminals can carry.
+
+    Reversible: control characters and bytes that are not UTF-8 become `\\n` and `\\udce9`, a
+    backslash two of them; every other name stays as it is, whatever the locale.
+    """
+    text = os.fsencode(name).decode("utf-8", "surrogateescape")
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def labelled_grid(

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -278,8 +279,9 @@ class PictureFolder:
         """Indices of the pictures that are there."""
         if not self.directory.exists():
             return set()
-        names = (p.name for p in self.directory.iterdir())
-        return {int(n[:6]) for n in names if len(n) == 10 and n.endswith(".png")}
+        files, _ = pictures.list_folder(self.directory)
+        numbered = (re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", name) for name in files)
+        return {int(found[1]) for found in numbered if found}
 
     def write(self, index: int, image: np.ndarray) -> None:
         """Writes one (H, W, C) uint8 picture, whole or not at all."""

@@ -1,8 +1,10 @@
 """Labelled images from a folder or from TFDS, cropped as ADM crops them, and data sets of them.
 
 Rules for irregular images: whatever Pillow decodes becomes 8-bit RGB (greyscale, palette, CMYK, 16
-bit; transparency and EXIF orientation are ignored, as in ADM), smaller ones are enlarged to the
-target, and one that cannot be decoded, or is over 50 times longer than wide, is skipped.
+bit, floating point; transparency and EXIF orientation are ignored, as in ADM), smaller ones are
+enlarged to the target, and one that cannot be decoded, whose range of values is unknown, or that is
+over 50 times longer than wide, is skipped. Which files of a folder are images is the rule of
+`pictures.list_folder`.
 """
 
 from __future__ import annotations
@@ -12,18 +14,24 @@ import io
 import logging
 import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
+from ig_jax import pictures
 from ig_jax.data.source import DataSource, Example, hold_out
 from ig_jax.errors import InputError, suggest
 
 # Beyond it an image has no middle worth cutting out, and scaling it would take gigabytes.
 MAX_ASPECT = 50
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+# How far beyond its range floating point may go, as a share of it: resampling overshoots.
+_OVERSHOOT = 0.1
+# Floating point whose brightest value lies between 1 and this is hardly a black picture of [0, 255]
+# but one of another range.
+_DARK = 16
 
 log = logging.getLogger("ig_jax")
 
@@ -53,7 +61,7 @@ class Images(Protocol):
 
 
 class ImageFolder:
-    """Files `class/name.jpg`; classes and files in alphabetical order.
+    """Files `class/name.jpg`; classes and files in the order of their names' bytes.
 
     Images that lie in the folder itself, without folders for classes, have no labels: there are no
     class names then, and every label is 0, the ∅ of an unconditional model.
@@ -61,40 +69,48 @@ class ImageFolder:
     Args:
         path: a local folder with a folder for each class, or with unlabelled images.
 
+    Attributes:
+        class_names: the folders' names as `pictures.printable` writes them.
+
     Raises:
-        InputError: no such folder, or no images in it.
+        InputError: no such folder, no images in it, or none in one of its classes.
     """
 
     def __init__(self, path: str):
         if not os.path.isdir(path):
             raise InputError(f"{path}: no such folder, expected images as class/name.jpg")
         self._path = path
-        found = {entry.name: _files(entry.path) for entry in os.scandir(path) if entry.is_dir()}
-        classes = sorted(name for name, files in found.items() if files)
-        labelled = bool(classes)
-        if not labelled:
-            found, classes = {".": _files(path)}, ["."]
-        if not found[classes[0]]:
-            inside = ", ".join(sorted(os.listdir(path))[:3]) or "nothing"
+        files, folders = pictures.list_folder(path)
+        loose = list(filter(pictures.is_picture, files))
+        found = {folder: _images(os.path.join(path, folder)) for folder in folders}
+        labelled = any(found.values())
+        if labelled:
+            _check_classes(path, found, loose)
+        elif loose:
+            found = {".": loose}
+        else:
             raise InputError(
-                f"{path}: found {inside}, expected a folder for each class with images in it "
-                f"(class/name.jpg, one of {' '.join(SUFFIXES)}), or unlabelled images"
+                f"{path}: {_without_images(path)}, expected a folder for each class with images in "
+                f"it (class/name.jpg, one of {' '.join(pictures.SUFFIXES)}), or unlabelled images"
             )
-        self._folders = classes
-        self.class_names = readable_names(classes) if labelled else ()
+        self._folders = list(found)
+        self.class_names = readable_names(map(pictures.printable, found)) if labelled else ()
         # Byte strings in one array: a list of a million objects would be copied into every worker.
-        self._names = np.array([os.fsencode(f) for c in classes for f in found[c]])
-        self._labels = np.repeat(np.arange(len(classes)), [len(found[c]) for c in classes])
+        self._names = np.array([os.fsencode(f) for names in found.values() for f in names])
+        self._labels = np.repeat(np.arange(len(found)), list(map(len, found.values())))
 
     def __len__(self) -> int:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[bytes, int]:
-        with open(os.path.join(self._path, self.name(index)), "rb") as file:
+        with open(os.path.join(self._path, self._file(index)), "rb") as file:
             return file.read(), int(self._labels[index])
 
-    def name(self, index: int) -> str:
+    def _file(self, index: int) -> str:
         return f"{self._folders[self._labels[index]]}/{os.fsdecode(self._names[index])}"
+
+    def name(self, index: int) -> str:
+        return pictures.printable(self._file(index))
 
     def describe(self) -> dict[str, Any]:
         import hashlib
@@ -103,10 +119,40 @@ class ImageFolder:
         return {"kind": "folder", "count": len(self), "names_sha256": digest.hexdigest()}
 
 
-def _files(folder: str) -> list[str]:
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(SUFFIXES)
-    )
+def _images(folder: str) -> list[str]:
+    return list(filter(pictures.is_picture, pictures.list_folder(folder)[0]))
+
+
+def _check_classes(path: str, found: Mapping[str, Sequence[str]], loose: Sequence[str]) -> None:
+    """Refuses classes without images, whose absence would shift every later label; names images
+    that belong to no class."""
+    empty = [folder for folder, files in found.items() if not files]
+    if empty:
+        others = f" (nor do {len(empty) - 1} others)" if len(empty) > 1 else ""
+        why = _without_images(os.path.join(path, empty[0]))
+        raise InputError(
+            f"{path}: class folder {pictures.printable(empty[0])} has no images{others}: {why}; "
+            "expected some in every folder, since labels follow the folders' order: add them, or "
+            "move the folder elsewhere"
+        )
+    if loose:
+        log.warning(
+            "%s: %d images lie beside the classes' folders, such as %s: they have no class and are "
+            "left out", path, len(loose), pictures.printable(loose[0]),
+        )  # fmt: skip
+
+
+def _without_images(folder: str) -> str:
+    """What a folder holds that has no images of its own."""
+    files, folders = pictures.list_folder(folder)
+    for name in folders:
+        if below := _images(os.path.join(folder, name)):
+            deeper = pictures.printable(f"{name}/{below[0]}")
+            return f"its images lie one level deeper, such as {deeper}"
+    inside = ", ".join(map(pictures.printable, [*files, *folders][:3]))
+    if inside:
+        return f"found {inside}"
+    return "found only hidden files or dangling links" if os.listdir(folder) else "found nothing"
 
 
 class TfdsImages:
@@ -258,10 +304,13 @@ def decode(data: bytes, size: int) -> Picture:
         image = Image.open(io.BytesIO(data))
         mode = image.mode
         rgb = to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, MemoryError) as error:
-        # Pillow's message for an unknown format names the buffer, not the problem.
-        unknown = isinstance(error, Image.UnidentifiedImageError)
-        raise UnreadableImage("not an image" if unknown else str(error)) from error
+    except UnreadableImage:
+        raise
+    except Image.UnidentifiedImageError as error:
+        # Pillow's message names the buffer, not the problem.
+        raise UnreadableImage("not an image, or of a kind that Pillow does not read") from error
+    except Exception as error:  # what a damaged file raises depends on where it is damaged
+        raise UnreadableImage(str(error) or type(error).__name__) from error
     if max(rgb.size) > MAX_ASPECT * min(rgb.size):
         raise UnreadableImage(f"{rgb.width}×{rgb.height}, a side over {MAX_ASPECT} times the other")
     pixels = center_crop(rgb, size)
@@ -269,10 +318,35 @@ def decode(data: bytes, size: int) -> Picture:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns any Pillow mode into 8-bit RGB; 16-bit greyscale keeps its upper 8 bits."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    """Turns any Pillow mode into 8-bit RGB; raises `UnreadableImage` where the range is unknown.
+
+    Integers of 12 or 16 bits keep their upper 8. Floating point means [0, 1], or else [0, 255];
+    other floating point and 32-bit integers, which may mean anything, are refused.
+    """
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_grey_levels(image))
     return image.convert("RGB")  # decodes, so a truncated file fails here
+
+
+def _grey_levels(image: Image.Image) -> np.ndarray:
+    """(H, W) uint8 of a greyscale picture with more than 8 bits."""
+    values = np.asarray(image)
+    if image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        white = 1 if high <= 1 + _OVERSHOOT else 255
+        fits = low >= -_OVERSHOOT * white and high <= (1 + _OVERSHOOT) * white
+        if fits and (white == 1 or high >= _DARK):
+            return np.round(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+        raise UnreadableImage(
+            f"floating-point values from {low:g} to {high:g}, expected [0, 1] or [0, 255]"
+        )
+    # Pillow calls 16 bits of PGM and (in some versions) of PNG 32, but scales them to 16.
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):
+        raise UnreadableImage(
+            f"integers of 32 bits, from {values.min()} to {values.max()}: expected 8 or 16 bits"
+        )
+    bits = image.tag_v2[TiffImagePlugin.BITSPERSAMPLE][0] if image.format == "TIFF" else 16
+    return (values >> (bits - 8)).clip(0, 255).astype(np.uint8)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -318,10 +392,10 @@ class PixelSource:
     def __getitem__(self, index: int) -> Example:
         for offset in range(len(self)):
             i = (index + offset) % len(self)
-            data, label = self._images[i]
             try:
+                data, label = self._images[i]
                 picture = decode(data, self._size)
-            except UnreadableImage as error:
+            except (OSError, UnreadableImage) as error:
                 log.warning("%s: %s; the next image is used instead", self._images.name(i), error)
                 continue
             return {"x": picture.pixels, "label": np.int32(label)}

@@ -325,14 +325,13 @@ def evaluate_files(
     The data set is needed only where the config names no reference. The record has what is known of
     the pictures' sampling (`--mode=sample` leaves it beside them), and else None.
     """
-    path = experiment.config.evaluation.samples
-    images = sets.open_images(path)
-    labels, drawn = sets.stored_facts(path, images.shape[0])
+    images = sets.open_images(experiment.config.evaluation.samples)
+    labels, drawn = sets.stored_facts(images.path, images.shape[0])
     scorer = Scorer.create(experiment, source, workdir)
     check_resolution(scorer.reference, images.shape[1:3])
     found = sets.file_features(images, scorer.extractor, "sample features")
     scores, notes = scorer.score(found, labels)
-    return Result(scores, scorer.record(found, drawn) | {"samples": path}, notes)
+    return Result(scores, scorer.record(found, drawn) | {"samples": str(images.path)}, notes)
 
 
 def check_guidance(experiment: Experiment, settings: Sequence[Guidance]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import os
 import re
 import zipfile
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from ig_jax import console
+from ig_jax import console, pictures
 from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
@@ -39,6 +40,8 @@ CHUNK = 256
 REFERENCE_FEATURES = 10_000
 _DIGEST_BYTES = 16
 
+log = logging.getLogger("ig_jax")
+
 ToImages = Callable[[np.ndarray], np.ndarray]
 
 
@@ -55,28 +58,34 @@ class ImageSet(Protocol):
 class PngFolder:
     """The PNG files of a folder and its subfolders, in natural order of their names.
 
+    Which ones count is the rule of `pictures.walk_files`.
+
     Attributes:
+        path: the folder.
         shape: (N, H, W, C), C being 1 (grey) or 3 (RGB); size and mode are the first file's.
     """
 
     def __init__(self, path: os.PathLike | str):
         """Lists the files and reads the first; raises `InputError` if there is none."""
         self.path = epath.Path(path)
-        found = [
-            epath.Path(folder) / name
-            for folder, _, names in self.path.walk()
-            for name in names
-            if name.lower().endswith(".png")
-        ]
-        if not found:
-            raise InputError(f"{path}: holds no .png files, expected a folder of pictures")
-        self.files = sorted(found, key=lambda file: _natural(os.fspath(file)))
+        found = list(filter(pictures.is_picture, pictures.walk_files(self.path)))
+        names = sorted((name for name in found if name.lower().endswith(".png")), key=_natural)
+        others = [name for name in found if not name.lower().endswith(".png")]
+        if not names:
+            instead = f", only others such as {pictures.printable(others[0])}" if others else ""
+            raise InputError(f"{path}: holds no .png files{instead}; expected a folder of PNGs")
+        if others:
+            log.warning(
+                "%s: %d pictures that are no PNG, such as %s, are not scored",
+                *(path, len(others), pictures.printable(others[0])),
+            )
+        self.files = [self.path / name for name in names]
         self.shape = (len(self.files), *self._read(self.files[0]).shape)
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """Yields (≤ size, H, W, C) uint8 arrays; raises `InputError` if files differ."""
         for start in range(0, len(self.files), size):
-            pictures = []
+            images = []
             for file in self.files[start : start + size]:
                 picture = self._read(file)
                 if picture.shape != self.shape[1:]:
@@ -84,12 +93,12 @@ class PngFolder:
                         f"{file}: picture of shape {picture.shape}, "
                         f"expected {self.shape[1:]} as {self.files[0].name} has"
                     )
-                pictures.append(picture)
-            yield np.stack(pictures)
+                images.append(picture)
+            yield np.stack(images)
 
     @staticmethod
     def _read(file: epath.Path) -> np.ndarray:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
 
         try:
             with file.open("rb") as stream, Image.open(stream) as picture:
@@ -98,24 +107,42 @@ class PngFolder:
                         f"{file}: PNG of mode {picture.mode}, expected 8-bit grey (L) or RGB"
                     )
                 pixels = np.asarray(picture, np.uint8)
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        except InputError:
+            raise
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
             raise InputError(f"{file}: not a readable PNG ({error})") from error
         return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _natural(name: str) -> list[Any]:
     """Sorts "img2.png" before "img10.png"."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def open_images(path: os.PathLike | str) -> NpzImages | PngFolder:
-    """Opens an `.npz` (`arr_0` uint8) or a folder of PNGs; raises `InputError`."""
-    place = epath.Path(path)
+    """Opens an `.npz` (`arr_0` uint8), a folder of PNGs, or the folder that `--mode=sample` wrote.
+
+    Returns:
+        The pictures; their `path` says where they were found. Raises `InputError`.
+    """
+    place = _pictures_in(epath.Path(path))
     if place.is_dir():
-        return PngFolder(path)
+        return PngFolder(place)
     if not place.exists():
         raise InputError(f"{path}: no such file or folder; expected an .npz or a folder of PNGs")
-    return NpzImages(path)
+    return NpzImages(place)
+
+
+def _pictures_in(place: epath.Path) -> epath.Path:
+    """Where the pictures are in what `--mode=sample` wrote, beside its grid; else `place` itself.
+
+    The `.npz` first: `images` may hold more of them than the last run asked for.
+    """
+    if (place / "protocol.json").exists():
+        for name in ("samples.npz", "images"):
+            if (place / name).exists():
+                return place / name
+    return place
 
 
 def stored_facts(
@@ -379,10 +406,11 @@ def open_reference(
     if not path:
         make = functools.partial(_from_data, data, extractor)
         return _cached(cache, f"{data.fingerprint()} {extractor.fingerprint}", make)
-    place = epath.Path(path)
+    place = _pictures_in(epath.Path(path))
     if place.is_dir():
-        images: ImageSet = PngFolder(path)
+        images: ImageSet = PngFolder(place)
         return _from_images(images, extractor, place.name, None)
+    path = os.fspath(place)
     members = _members(path)
     if "mu" not in members:
         images = NpzImages(path)

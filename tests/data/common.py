@@ -1,6 +1,7 @@
 """A tree of small pictures, regular and not, and an encoder of a few lines."""
 
 import io
+import os
 import pathlib
 
 import numpy as np
@@ -77,3 +78,17 @@ def encode(x):
     mean = x.reshape(len(x), 4, 4, 4, 4, 3).mean((2, 4))
     mean = np.concatenate([mean, mean[..., :1] - mean[..., 1:2]], axis=-1)
     return mean, 0.1 + abs(mean)
+
+
+def strew(folder, suffix=".png"):
+    """Adds everything that a folder may hold under a picture's name, or beside, and that is none;
+    and a folder that is hidden, with a picture in it."""
+    folder = pathlib.Path(folder)
+    picture = encoded(photo().resize((20, 20)))
+    hidden = folder / ".ipynb_checkpoints"
+    hidden.mkdir()
+    for path in (hidden / f"a{suffix}", folder / f"._0{suffix}", folder / f".hidden{suffix}"):
+        path.write_bytes(picture)
+    (folder / f"dangling{suffix}").symlink_to(folder / "nowhere")
+    (folder / f"circle{suffix}").symlink_to(folder / f"circle{suffix}")
+    os.mkfifo(folder / f"fifo{suffix}")

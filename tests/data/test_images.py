@@ -1,10 +1,17 @@
+import contextlib
+import os
+import struct
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from ig_jax import pictures, sampling
 from ig_jax.data import images
 from ig_jax.errors import InputError
-from tests.data.common import SIZE, add_irregular, encoded, make_tree, photo
+from ig_jax.evaluation import sets
+from tests.data.common import SIZE, add_irregular, encoded, make_tree, photo, strew
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +61,68 @@ def test_modes_become_rgb():
         np.testing.assert_allclose(picture.pixels, expected, atol=2)
 
 
+def tiff(values, bits):
+    """A greyscale TIFF of (8, 8) integers whose samples have `bits` bits, packed."""
+    packed = int("".join(f"{v:0{bits}b}" for v in values.ravel()), 2).to_bytes(8 * bits, "big")
+    fields = {256: 8, 257: 8, 258: bits, 259: 1, 262: 1, 273: 130, 277: 1, 278: 8, 279: len(packed)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(fields)) + entries
+    return head.ljust(130, b"\0") + packed
+
+
+RAMP = np.linspace(0, 255, 64).round().reshape(8, 8)  # 8-bit levels
+
+
+@pytest.mark.parametrize(
+    ("mode", "data"),
+    [
+        ("F", encoded(Image.fromarray(np.float32(RAMP / 255)), "TIFF")),
+        ("F", encoded(Image.fromarray(np.float32(RAMP)), "TIFF")),
+        ("F", encoded(Image.fromarray(np.float32(RAMP / 255 * 1.04 - 0.02)), "TIFF")),
+        ("I;16", encoded(Image.fromarray(np.uint16(RAMP * 257)), "TIFF")),
+        ("I", encoded(Image.fromarray(np.uint16(RAMP * 257)), "PPM")),
+        ("I;16", tiff((RAMP * 16.0588).astype(int), 12)),
+    ],
+)
+def test_more_than_eight_bits_keep_their_range(mode, data):
+    picture = images.decode(data, 8)
+    assert picture.converted == mode
+    np.testing.assert_allclose(picture.pixels, RAMP[..., None] + np.zeros(3), atol=6)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        (np.float32(RAMP / 127.5 - 1), r"floating-point values from -1 to 1, expected \[0, 1\] or"),
+        (np.float32(RAMP / 64), "floating-point values from 0 to 3.98438"),
+        (np.float32(RAMP * 257), "floating-point values from 0 to 65535"),
+        (np.float32(np.where(RAMP > 9, RAMP, np.nan)), "values from nan to nan"),
+        (np.float32(np.where(RAMP > 9, RAMP, np.inf)), "values from .* to inf"),
+        (np.int32(RAMP), "integers of 32 bits, from 0 to 255: expected 8 or 16 bits"),
+        (np.int32(RAMP * 2**20), "integers of 32 bits"),
+    ],
+)
+def test_an_unknown_range_is_skipped_with_a_reason(values, reason):
+    with pytest.raises(images.UnreadableImage, match=reason):
+        images.decode(encoded(Image.fromarray(values), "TIFF"), 8)
+
+
+Image.init()
+KINDS = {"PNG", "JPEG", "TIFF", "GIF", "WEBP", "BMP", "PPM", "AVIF"} & set(Image.SAVE)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))  # AVIF came with Pillow 11.3
+def test_whatever_a_damaged_file_raises_is_a_reason(kind):
+    whole = encoded(photo().resize((24, 24)), kind)
+    assert images.decode(whole, SIZE).pixels.shape == (SIZE, SIZE, 3)
+    for size in (0, 9, len(whole) // 2):
+        with pytest.raises(images.UnreadableImage, match="."):
+            images.decode(whole[:size], SIZE)
+    for start in range(0, len(whole), 8):
+        with contextlib.suppress(images.UnreadableImage):
+            images.decode(whole[:start] + bytes(8) + whole[start + 8 :], SIZE)
+
+
 def test_unreadable_images_say_why(tree):
     root, _ = tree
     for name, reason in (
@@ -87,6 +156,115 @@ def test_training_on_pixels_replaces_damaged_files(tree, caplog):
     assert "odd/broken.jpg: " in caplog.text and "the next image is used" in caplog.text
     assert example["x"].shape == (SIZE, SIZE, 3) and example["x"].dtype == np.uint8
     np.testing.assert_array_equal(example["x"], everything[19]["x"])
+
+
+def in_training(folder):
+    return len(images.ImageFolder(str(folder)))
+
+
+def in_evaluation(folder):
+    return len(sets.open_images(folder).files)
+
+
+def in_sampling(folder):
+    return len(sampling.PictureFolder(folder).done())
+
+
+@pytest.mark.parametrize("read", [in_training, in_evaluation, in_sampling])
+def test_what_is_no_picture_counts_nowhere(read, tmp_path):
+    for i in range(3):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i:06d}.png")
+    (tmp_path / "000003.png").symlink_to(tmp_path / "000000.png")  # a link that leads to one
+    strew(tmp_path)
+    (tmp_path / "000004.png").mkdir()
+    (tmp_path / "000005.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "._00006.png").write_bytes(b"")
+    assert read(tmp_path) == 4
+
+
+def test_what_is_no_class_shifts_no_label(tmp_path):
+    root = make_tree(tmp_path / "tree", per_class=2)
+    before = images.ImageFolder(root)
+    strew(root, "")
+    strew(f"{root}/china")
+    os.symlink(f"{root}/china", tmp_path / "linked")
+    after = images.ImageFolder(root)
+    assert (after.class_names, after.describe()) == (before.class_names, before.describe())
+    os.rename(tmp_path / "linked", f"{root}/grapes")
+    assert images.ImageFolder(root).class_names == ("china", "flower", "grapes")
+
+
+def test_links_in_a_circle_end(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "0.png").write_bytes(b"")
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    assert list(pictures.walk_files(tmp_path)) == ["a/0.png"]
+
+
+@pytest.mark.parametrize("suffix", pictures.SUFFIXES)
+def test_endings(tmp_path, suffix):
+    """In any case; that Pillow goes by the content is its own business."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"0{suffix}").write_bytes(b"")
+        (tmp_path / name / f"1{suffix.upper()}").write_bytes(b"")
+    assert len(images.ImageFolder(str(tmp_path))) == 4
+    assert {".jpg", ".jpeg", ".jpe", ".jfif"} < set(images.SUFFIXES)
+
+
+@pytest.mark.parametrize(
+    ("file", "reason"),
+    [
+        ("", "found nothing"),
+        ("notes.txt", "found notes.txt"),
+        (".hidden.png", "found only hidden files or dangling links"),
+        ("deeper/0.png", "its images lie one level deeper, such as deeper/0.png"),
+    ],
+)
+def test_a_class_without_images_is_refused(tmp_path, file, reason):
+    root = make_tree(tmp_path / "tree", per_class=1)
+    path = tmp_path / "tree" / "empty" / file
+    (path if not file else path.parent).mkdir(parents=True)
+    if file:
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=f"class folder empty has no images: {reason}; expected"):
+        images.ImageFolder(root)
+    os.mkdir(f"{root}/void")
+    with pytest.raises(InputError, match=r"class folder empty has no images \(nor do 1 others\)"):
+        images.ImageFolder(root)
+
+
+def test_images_beside_the_classes_are_named(tmp_path, caplog):
+    root = make_tree(tmp_path / "tree", per_class=1)
+    (tmp_path / "tree" / "loose.png").write_bytes(b"")
+    assert len(images.ImageFolder(root)) == 2
+    assert "1 images lie beside the classes' folders, such as loose.png" in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems that take UTF-8 only")
+def test_any_name_becomes_text(tmp_path):
+    names = [b"a\\b", b"caf\xe9", "café".encode(), b"new\nline", "\u3000 wide".encode()]
+    for name in names:
+        os.mkdir(os.fsencode(tmp_path) + b"/" + name)
+        with open(os.fsencode(tmp_path) + b"/" + name + b"/\xff.png", "wb") as file:
+            file.write(encoded(photo().resize((20, 20))))
+    folder = images.ImageFolder(str(tmp_path))
+    expected = (r"a\\b", "café", r"caf\udce9", r"new\nline", "\u3000 wide")
+    assert folder.class_names == expected
+    for text in (*folder.class_names, *map(folder.name, range(5))):
+        text.encode()
+    assert folder.name(2) == r"caf\udce9/\udcff.png"
+    assert images.decode(folder[2][0], 20).pixels.shape == (20, 20, 3)
+    # No other name looks the same.
+    assert pictures.printable(r"caf\udce9") == r"caf\\udce9"
+
+
+def test_a_file_that_vanishes_is_replaced_in_training(tmp_path, caplog):
+    make_tree(tmp_path / "tree", per_class=2)
+    train = images.open_folder(str(tmp_path / "tree"), SIZE).train
+    (tmp_path / "tree" / "china" / "000.png").unlink()
+    np.testing.assert_array_equal(train[0]["x"], train[1]["x"])
+    assert "china/000.png: [Errno 2] No such file" in caplog.text
 
 
 def test_imagenet_ids_become_words():

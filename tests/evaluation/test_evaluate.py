@@ -189,12 +189,35 @@ class TestFiles:
         protocol.save_sampling(tmp_path / "protocol.json", record, len(images))
         return tmp_path
 
-    @pytest.mark.parametrize("name", ["samples.npz", "images"])
+    @pytest.mark.parametrize("name", ["samples.npz", "images", "."])
     def test_equal_the_direct_route_exactly(self, experiment, source, folder, results, name):
         found = score_file(experiment, source, folder / name, folder)
         direct = results[GUIDANCE]
         assert found.metrics == direct.metrics
-        assert found.protocol == direct.protocol | {"samples": str(folder / name)}
+        scored = folder / ("samples.npz" if name == "." else name)
+        assert found.protocol == direct.protocol | {"samples": str(scored)}
+
+    def test_the_folder_that_sampling_wrote(self, folder, pictures):
+        """As the samples of a score and as its reference; its grid is no sample."""
+        Image.new("RGB", (99, 99)).save(folder / "samples.png")
+        opened = sets.open_images(folder)
+        np.testing.assert_array_equal(np.concatenate(list(opened.chunks(50))), pictures[0])
+        labels, record = sets.stored_facts(opened.path, len(pictures[0]))
+        np.testing.assert_array_equal(labels, pictures[1])
+        assert record["checkpoint_step"] == STEP
+        reference = sets.open_reference(str(folder), DigitsExtractor(), None, None)
+        assert reference.metadata["count"] == len(pictures[0])
+        (folder / "samples.npz").unlink()
+        assert sets.open_images(folder).path == folder / "images"
+
+    def test_pictures_that_are_no_png_are_named(self, folder, caplog):
+        (folder / "images" / "preview.JPG").write_bytes(b"")
+        sets.open_images(folder / "images")
+        assert "1 pictures that are no PNG, such as preview.JPG, are not scored" in caplog.text
+        for file in (folder / "images").glob("*.png"):
+            file.unlink()
+        with pytest.raises(InputError, match="no .png files, only others such as preview.JPG"):
+            sets.open_images(folder / "images")
 
     def test_unknown_origin(self, experiment, source, folder):
         (folder / "labels.txt").unlink()
