@@ -209,7 +209,7 @@ def test_endings(tmp_path, suffix):
         (tmp_path / name / f"0{suffix}").write_bytes(b"")
         (tmp_path / name / f"1{suffix.upper()}").write_bytes(b"")
     assert len(images.ImageFolder(str(tmp_path))) == 4
-    assert {".jpg", ".jpeg", ".jpe", ".jfif"} < set(images.SUFFIXES)
+    assert {".jpg", ".jpeg", ".jpe", ".jfif"} < set(pictures.SUFFIXES)
 
 
 @pytest.mark.parametrize(
