@@ -69,6 +69,10 @@ _OLD_DIFFUSERS = _DIFFUSERS | {
 }
 
 _OURS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+# Weights that both layouts have.
+_LANDMARKS = tuple(
+    f"{half}.{conv}.weight" for half in ("encoder", "decoder") for conv in ("conv_in", "conv_out")
+)
 _ATTENTION_WEIGHT = re.compile(
     r"\.(to_q|to_k|to_v|to_out\.0|query|key|value|proj_attn|q|k|v|proj_out)\.weight$"
 )
@@ -85,8 +89,9 @@ def autoencoder_from_pytorch(
 
     Args:
         source: a weight file (`files.SUFFIXES`), or its content: arrays by name, in PyTorch's
-            (out, in, height, width) order, perhaps under "state_dict". Weights of losses,
-            discriminators, foundation models and averages are ignored.
+            (out, in, height, width) order, wrapped as checkpoints do or bare. Weights of losses,
+            discriminators, foundation models and averages are ignored. Without a preset, a missing
+            1×1 convolution before or after the latents (`quant_conv`) means identity.
         dtype: what the module computes in, float32 or bfloat16; parameters stay float32.
         groups: groups of the group norms, which shapes do not tell (all published ones: 32).
         preset: a name in `AUTOENCODERS` whose network the weights must be, or None for any.
@@ -106,6 +111,8 @@ def autoencoder_from_pytorch(
     names = _names(weights, where)
     spec = _infer_spec(weights, names, groups, where)
     _check_preset(spec, preset, where)
+    if preset is None:  # those in the table all have them, where a missing one is damage
+        weights |= _quant_identities(weights, spec.latent_channels)
 
     graphdef, shapes = functional.split(abstract(spec, dtype))
     paths = traverse_util.flatten_dict(shapes)
@@ -131,17 +138,8 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 
 def _select(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """Returns the autoencoder's own weights; attention ones as matrices, however stored."""
-    weights = {
-        name.removeprefix("module.").removeprefix("first_stage_model."): value
-        for name, value in files.unwrap(content, ("state_dict",)).items()
-    }
-    ours = {k: np.asarray(v) for k, v in weights.items() if k.startswith(_OURS)}
-    if "encoder.conv_in.weight" not in ours:
-        raise InputError(
-            f"{where}: found no weight encoder.conv_in.weight among {len(weights)} names such as "
-            f"{', '.join(map(str, list(weights)[:3]))}; expected an autoencoder under diffusers' "
-            "or LDM's names"
-        )
+    weights = files.network_weights(content, _LANDMARKS, "an autoencoder", where)
+    ours = {name: array for name, array in weights.items() if name.startswith(_OURS)}
     for name, array in ours.items():
         if _ATTENTION_WEIGHT.search(name) and array.shape[2:] == (1, 1):
             ours[name] = array[:, :, 0, 0]
@@ -215,6 +213,16 @@ def _check_preset(spec: AutoencoderSpec, preset: str | None, where: str) -> None
             f"{where}: found {_describe(spec)}, expected {preset} with "
             f"{_describe(AUTOENCODERS[preset].spec)}"
         )
+
+
+def _quant_identities(weights: Mapping[str, Any], channels: int) -> dict[str, np.ndarray]:
+    """Identities for the convolutions around the latents that an autoencoder does without."""
+    identities = {}
+    for name, width in (("quant_conv", 2 * channels), ("post_quant_conv", channels)):
+        if not any(key.startswith(f"{name}.") for key in weights):
+            identities[f"{name}.weight"] = np.eye(width, dtype=np.float32)[:, :, None, None]
+            identities[f"{name}.bias"] = np.zeros(width, np.float32)
+    return identities
 
 
 def _describe(spec: AutoencoderSpec) -> str:

@@ -1,4 +1,5 @@
-"""Weight files: reading safetensors and PyTorch checkpoints as NumPy arrays, and checking them.
+"""Weight files: reading safetensors and PyTorch checkpoints as NumPy arrays, finding a network's
+weights in them, and checking them.
 
 Every model family's converter starts here, so that a damaged, foreign or unsafe file is refused in
 the same words, with the name of the file and of the weight at fault.
@@ -6,22 +7,32 @@ the same words, with the name of the file and of the weight at fault.
 
 from __future__ import annotations
 
-import argparse
 import os
-import pickle
-import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 
+from ig_jax.convert import pickles
 from ig_jax.errors import InputError, suggest
 from ig_jax.storage.files import write_atomically
 
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", *PYTORCH_SUFFIXES)
+
+# What wraps a whole network, as an entry of a checkpoint or in front of its weights' names.
+_EMA_WRAPPERS = frozenset(("ema", "ema_model", "model_ema", "state_dict_ema"))
+_WRAPPERS = _EMA_WRAPPERS | {
+    "model",
+    "module",
+    "model_state_dict",
+    "state_dict",
+    "net",
+    "first_stage_model",
+}
+# What torch.compile, FSDP and activation checkpointing put around any part of a network.
+_TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _SAFETENSORS_DTYPES = {
     "F64": np.dtype("float64"),
@@ -61,28 +72,22 @@ def read_checkpoint(path: os.PathLike | str) -> Mapping[str, Any]:
     if file.is_dir() or not file.exists():
         found = "a directory" if file.is_dir() else "no such file"
         raise InputError(f"{path}: found {found}, expected a weight file")
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pytorch(file)
+    content = (
+        _read_safetensors(file) if file.suffix == ".safetensors" else pickles.read_pytorch(file)
+    )
     if not isinstance(content, Mapping):
         raise InputError(f"{path}: found a {type(content).__name__}, expected a dict of weights")
     return content
 
 
-def read_weights(path: os.PathLike | str, wrappers: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """Reads one flat `{name: array}` from a weight file, as `read_checkpoint` does.
+def read_weights(path: os.PathLike | str) -> dict[str, np.ndarray]:
+    """Reads the arrays of a weight file, as `read_checkpoint` does, by dotted name.
 
-    Args:
-        path: the file.
-        wrappers: top-level entries that may hold the weights, the preferred first, such as
-            `("ema", "model")`; the whole file where it has none of them.
-
-    Returns:
-        The arrays by name; nested dicts are joined with dots, what is not an array is left out.
-
-    Raises:
-        InputError: as `read_checkpoint`, and if there is no array at all.
+    Nested dicts are joined with dots; lists, numbers and texts are left out. Raises `InputError` as
+    `read_checkpoint` does, and if there is no array at all.
     """
     content = read_checkpoint(path)
-    weights = flatten(unwrap(content, wrappers))
+    weights = dict(_arrays(content, ""))
     if not weights:
         raise InputError(
             f"{path}: found no arrays, only {_some(list(content))}; expected a dict of weights"
@@ -90,17 +95,43 @@ def read_weights(path: os.PathLike | str, wrappers: Sequence[str] = ()) -> dict[
     return weights
 
 
-def unwrap(content: Mapping[str, Any], wrappers: Sequence[str]) -> Mapping[str, Any]:
-    """Returns the first entry named in `wrappers` that is a dict, or `content` itself."""
-    for name in wrappers:
-        if isinstance(content.get(name), Mapping):
-            return content[name]
-    return content
+def network_weights(
+    content: Mapping[Any, Any], landmarks: Sequence[str], kind: str, where: str
+) -> dict[str, np.ndarray]:
+    """Finds a network's weights in a checkpoint, whatever it wraps them in.
 
+    Containers (`{"ema": …}`), wrapper prefixes (`module.`, `model.`) and what PyTorch puts between
+    (`_orig_mod.`) are taken off in any order and number, and what stands beside the weights is left
+    out. Of several networks that fit, an EMA comes first, since published figures are the EMA's.
 
-def flatten(content: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    """Returns the arrays of nested dicts by dotted name; lists, numbers and texts are left out."""
-    return dict(_arrays(content, ""))
+    Args:
+        content: arrays or tensors by name, nested or not, as `read_checkpoint` returns them.
+        landmarks: names of the network's weights; one fits if it has at least half of them.
+        kind: what is looked for, such as "an autoencoder", for the message.
+        where: the file, for the message.
+
+    Returns:
+        The arrays by the network's own names, in the checkpoint's order.
+
+    Raises:
+        InputError: if no network fits; the line names the top-level keys.
+    """
+    networks: dict[tuple[str, ...], dict[str, Any]] = {}
+    for name, value in _leaves(content):
+        wrappers, name = _unwrapped(name)
+        networks.setdefault(wrappers, {})[name] = value
+    fitting = [
+        wrappers
+        for wrappers, found in networks.items()
+        if 2 * sum(name in found for name in landmarks) >= len(landmarks)
+    ]
+    if not fitting:
+        raise InputError(
+            f"{where}: found no weights of {kind}, such as {landmarks[0]}; "
+            f"top-level keys: {_top_level(content)}"
+        )
+    chosen = min(fitting, key=_EMA_WRAPPERS.isdisjoint)
+    return {name: pickles.as_array(value) for name, value in networks[chosen].items()}
 
 
 def write_safetensors(
@@ -182,6 +213,35 @@ def _arrays(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, np.n
             yield f"{prefix}{name}", value
 
 
+def _leaves(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Arrays and tensors by dotted name, of the dicts whose names wrap networks (no optimiser's).
+
+    NumPy scalars are no weights.
+    """
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if not _unwrapped(name)[1]:
+                yield from _leaves(value, f"{name}.")
+        elif hasattr(value, "shape") and not isinstance(value, np.generic):
+            yield name, value
+
+
+def _unwrapped(name: str) -> tuple[tuple[str, ...], str]:
+    """Splits a name into the wrappers in front and the network's own name (or nothing)."""
+    parts = [part for part in name.split(".") if part not in _TRANSPARENT]
+    own = next((i for i, part in enumerate(parts) if part not in _WRAPPERS), len(parts))
+    return tuple(parts[:own]), ".".join(parts[own:])
+
+
+def _top_level(content: Mapping[Any, Any], limit: int = 8) -> str:
+    keys = [
+        f"{key} ({_some(list(value))})" if isinstance(value, Mapping) and value else str(key)
+        for key, value in list(content.items())[:limit]
+    ]
+    return (", ".join(keys) or "none") + (f", … ({len(content)})" if len(content) > limit else "")
+
+
 def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     import safetensors
 
@@ -201,67 +261,3 @@ def _from_buffer(file: epath.Path, name: str, entry: Mapping[str, Any]) -> np.nd
         raise InputError(f"{file}: weight {name} is of type {kind}, expected a plain number type")
     array = np.frombuffer(data, _SAFETENSORS_DTYPES[kind]).reshape(shape)
     return array.astype(np.float32) if kind == "F16" else array
-
-
-def _read_pytorch(file: epath.Path) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise InputError(
-            f'{file}: reading a PyTorch file needs PyTorch: pip install "ig_jax[convert]"'
-        ) from error
-    try:
-        # Training scripts of the DiT family store their flags as an argparse.Namespace, which is
-        # plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = _load_pytorch(file)
-    except Exception as error:  # what a damaged file raises depends on where it is damaged
-        raise InputError(_pytorch_failure(file, error)) from error
-    return _to_numpy(content)
-
-
-def _load_pytorch(file: epath.Path) -> Any:
-    """Reads a PyTorch file; a local one is mapped, so that what nobody uses is never read."""
-    import torch
-
-    options: dict[str, Any] = dict(map_location="cpu", weights_only=True)
-    path = os.fspath(file)
-    if os.path.isfile(path) and zipfile.is_zipfile(path):
-        return torch.load(path, mmap=True, **options)
-    with file.open("rb") as stream:
-        return torch.load(stream, **options)
-
-
-def _pytorch_failure(file: epath.Path, error: Exception) -> str:
-    code = re.search(r"GLOBAL (\S+)", str(error))
-    if isinstance(error, pickle.UnpicklingError) and code:
-        return (
-            f"{file}: the pickle carries code ({code[1]}), which is never run; if you trust the "
-            'file, re-save its weights alone: python -c "import torch; '
-            f"c = torch.load('{file}', weights_only=False); "
-            "torch.save({k: c[k] for k in c if k in ('model', 'ema', 'state_dict')}, "
-            "'weights.pt')\""
-        )
-    reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
-    return f"{file}: damaged, truncated, or not a PyTorch weight file{reason}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
-
-
-def _to_numpy(value: Any) -> Any:
-    """Turns tensors inside dicts, lists and namespaces into arrays, sharing memory if possible."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        value = value.detach()
-        narrow = value.is_floating_point() and value.element_size() < 4
-        return (value.float() if narrow else value).numpy()
-    if isinstance(value, argparse.Namespace):
-        return _to_numpy(vars(value))
-    if isinstance(value, Mapping):
-        return {key: _to_numpy(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_to_numpy(item) for item in value]
-    return value

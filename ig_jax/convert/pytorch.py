@@ -25,8 +25,8 @@ from ig_jax.models import functional, layers, sizes
 from ig_jax.models.dit import DiT, DiTSpec, abstract
 from ig_jax.models.functional import Params
 
-# Entries of a training checkpoint that may hold weights: the EMA is what published figures use.
-WRAPPERS = ("ema", "model", "state_dict")
+# Heads that only training needs: REPA's, onto the features of a pretrained encoder.
+_TRAINING_HEADS = ("projectors.",)
 ROPE_BUFFERS = ("feat_rope.freqs_cos", "feat_rope.freqs_sin")
 
 # Our module → the release's, in the release's order.
@@ -111,8 +111,9 @@ def from_pytorch(
     """Loads a SiT, DiT or LightningDiT checkpoint, with or without an auxiliary head.
 
     Sizes, patch, channels, classes and options are found from names and shapes, and the position
-    table is the checkpoint's own. EMA weights are preferred over raw ones, and a `module.` prefix
-    is ignored. What cannot be seen has the paper's values as defaults:
+    table is the checkpoint's own. EMA weights are preferred over raw ones; what wraps the weights
+    in a checkpoint or their names (`ema`, `module.`, …) is ignored, and heads that only training
+    needs are left out with a warning. What cannot be seen has the paper's values as defaults:
 
     - The family of a DiT or SiT, which have the same names and shapes. A final head twice as wide
       (learned sigma) without an auxiliary head is taken for a DiT, with a warning since early SiTs
@@ -123,7 +124,7 @@ def from_pytorch(
     Args:
         source: a file (`.safetensors`, or `.pt`, `.pth`, `.ckpt`, `.bin`, which need PyTorch and
             are read without running code), or its content: arrays or tensors by the release's
-            names, perhaps under "ema", "model" or "state_dict".
+            names, as a training checkpoint has them or bare.
         family: "sit", "dit" or "lightningdit".
         heads: number of attention heads; needed for widths outside `sizes.SIZES`.
         auxiliary_depth: number of blocks before the auxiliary head; needed where there is such a
@@ -259,23 +260,19 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.n
         where, content = "weights", source
     else:
         where, content = str(source), files.read_checkpoint(source)
-    weights = {
-        str(name).removeprefix("module."): _array(value)
-        for name, value in files.unwrap(content, WRAPPERS).items()
-        if hasattr(value, "shape")
-    }
+    weights = files.network_weights(content, _LANDMARKS, "a SiT, DiT or LightningDiT", where)
+    unused = [name for name in weights if name.startswith(_TRAINING_HEADS)]
+    if unused:
+        head = unused[0].partition(".")[0]
+        warnings.warn(
+            f"{where}: left out {head}.* ({len(unused)} weights), a head that only training needs",
+            stacklevel=3,
+        )
+        weights = {name: array for name, array in weights.items() if name not in unused}
     for name, array in weights.items():
         if not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(f"{where}: weight {name} is {array.dtype}, expected floating point")
     return weights, where
-
-
-def _array(value: Any) -> np.ndarray:
-    """A NumPy array of an array or a PyTorch tensor (NumPy has no bfloat16 to share with it)."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = (value.float() if value.element_size() < 4 else value).numpy()
-    return np.asarray(value)
 
 
 def _find_spec(
@@ -325,14 +322,8 @@ def _find_spec(
 
 
 def _check_landmarks(weights: Mapping[str, np.ndarray], where: str) -> None:
-    """Refuses weights of another kind of network, or without what the architecture is read off."""
+    """Refuses weights without what the architecture is read off."""
     missing = [name for name in _LANDMARKS if name not in weights]
-    if len(missing) > len(_LANDMARKS) // 2:
-        found = ", ".join(list(weights)[:3]) or "none"
-        raise InputError(
-            f"{where}: the family cannot be told: expected the weights of a SiT, DiT or "
-            f"LightningDiT, such as {missing[0]}; found {len(weights)} weights: {found}, …"
-        )
     if missing:
         raise InputError(
             f"{where}: weight {missing[0]} is missing{suggest(missing[0], list(weights), limit=1)}"

@@ -26,6 +26,13 @@ _RENAMED = {"adaln_shift": "shift"}
 _SIZE = ("depth", "width", "heads")
 
 
+class _Zeros(np.ndarray):
+    """Zeros that are never written take no memory, until something copies them as Orbax would."""
+
+    def __deepcopy__(self, memo: dict) -> _Zeros:
+        return self
+
+
 def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
     """Returns the published recipe of a network's family, with `config.model` describing `spec`.
 
@@ -88,8 +95,10 @@ def save_workdir(model: DiT, workdir: str, data: str = "latents") -> ConfigDict:
     _, params = functional.split(model)
     transform = optimizer_lib.make_optimizer(config_lib.optimizer_options(config), params)
     shapes = jax.eval_shape(functools.partial(state_lib.create, transform=transform), params)
-    # Every rule's state starts at zero, and zeros that are never written take no memory.
-    fresh = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes.optimizer)
+    # Every rule's state starts at zero.
+    fresh = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype).view(_Zeros), shapes.optimizer
+    )
     state = state_lib.TrainState(np.int32(0), params, params, fresh)
     checkpoints = Checkpoints(workdir)
     checkpoints.save(state, 0, config, data={})

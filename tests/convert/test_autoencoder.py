@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator
@@ -78,7 +79,35 @@ def test_old_attention_names(convolutions: bool) -> None:
     assert fingerprint(new) == fingerprint(old)
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "first_stage_model."])
+def test_no_quant_convolutions_mean_identity() -> None:
+    weights = small_weights("vae_diffusers_small")
+    plain = {name: array for name, array in weights.items() if "quant_conv" not in name}
+    identities = {}
+    for name, width in (("quant_conv", 8), ("post_quant_conv", 4)):
+        identities[f"{name}.weight"] = np.eye(width, dtype=np.float32)[:, :, None, None]
+        identities[f"{name}.bias"] = np.zeros(width, np.float32)
+    _, found = functional.split(autoencoder_from_pytorch(plain, groups=8))
+    _, expected = functional.split(autoencoder_from_pytorch(plain | identities, groups=8))
+    assert fingerprint(found) == fingerprint(expected)
+    # Half a convolution is a damaged file, and so is none where the network is known to have it.
+    half = plain | {"quant_conv.bias": weights["quant_conv.bias"]}
+    with pytest.raises(InputError, match="1 missing of .* weights: quant_conv.weight"):
+        autoencoder_from_pytorch(half, groups=8)
+
+
+def test_a_preset_has_its_quant_convolutions(monkeypatch) -> None:
+    weights = small_weights("vae_ldm_small")
+    spec = autoencoder_from_pytorch(weights).spec
+    known = dataclasses.replace(AUTOENCODERS["va-vae-f16d32"], spec=spec)
+    monkeypatch.setitem(AUTOENCODERS, "small", known)
+    del weights["post_quant_conv.weight"], weights["post_quant_conv.bias"]
+    with pytest.raises(
+        InputError, match="2 missing of .* weights: post_quant_conv.bias, post_quant"
+    ):
+        autoencoder_from_pytorch(weights, preset="small")
+
+
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "module.first_stage_model."])
 @pytest.mark.parametrize("suffix", [".safetensors", pytest.param(".pt", marks=pytest.mark.torch)])
 def test_files_with_other_weights(tmp_path: pathlib.Path, prefix: str, suffix: str) -> None:
     weights = small_weights("vae_ldm_small")
@@ -238,7 +267,7 @@ def replaced(name: str, array: np.ndarray):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (without("encoder.conv_in.weight"), "no weight encoder.conv_in.weight among 123 names"),
+        (without("encoder.conv_in.weight"), "weight encoder.conv_in.weight is missing"),
         (without("decoder.conv_in.weight"), "weight decoder.conv_in.weight is missing"),
         (without("decoder.conv_out.bias"), "1 missing of 124 weights: decoder.conv_out.bias"),
         (replaced("decoder.conv_oat.bias", np.ones(3)), "unexpected: decoder.conv_oat.bias; did"),
@@ -268,10 +297,12 @@ def test_bad_weights(change, message: str) -> None:
 def test_other_models_and_presets(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "sit.safetensors"
     files.write_safetensors(path, {"x_embedder.proj.weight": np.ones((32, 4, 2, 2))})
-    with pytest.raises(InputError, match="sit.safetensors: found no weight.*x_embedder.proj"):
+    message = "sit.safetensors: found no weights of an autoencoder.*top-level keys: x_embedder.proj"
+    with pytest.raises(InputError, match=message):
         autoencoder_from_pytorch(path)
+    both = {f"{half}.conv_in.weight": np.ones((8, 3, 3, 3)) for half in ("encoder", "decoder")}
     with pytest.raises(InputError, match="neither encoder.down_blocks.* nor encoder.down"):
-        autoencoder_from_pytorch({"encoder.conv_in.weight": np.ones((8, 3, 3, 3))})
+        autoencoder_from_pytorch(both)
     weights = small_weights("vae_ldm_small")
     with pytest.raises(InputError, match="found width 32.*expected va-vae-f16d32 with width 128"):
         autoencoder_from_pytorch(weights, preset="va-vae-f16d32")

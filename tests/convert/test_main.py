@@ -59,6 +59,16 @@ def test_guessed_family_is_said(tmp_path, capsys):
     assert saved_config(f"{tmp_path}/sit").loss.prediction == "velocity"
 
 
+def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
+    weights = golden(WEIGHTS) | {"projectors.0.0.weight": np.ones((4, 32), np.float32)}
+    files.write_safetensors(tmp_path / "repa.safetensors", weights)
+    source = f"{tmp_path}/repa.safetensors"
+    assert main([source, f"--workdir={tmp_path}/run", "--auxiliary_depth=2"]) == 0
+    assert capsys.readouterr().err == (
+        f"ig_jax: {source}: left out projectors.* (1 weights), a head that only training needs\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -116,10 +116,23 @@ def test_other_float_types_become_float32(sit, dtype):
     assert_same(to_pytorch(from_pytorch(stored, **GIVEN)), expected)
 
 
-@pytest.mark.parametrize("wrap", ["ema", "model", "state_dict"])
-def test_wrapped_and_prefixed_mappings(sit, wrap):
-    prefixed = {f"module.{name}": array for name, array in sit.items()}
-    assert_same(to_pytorch(from_pytorch({wrap: prefixed, "steps": 7}, **GIVEN)), sit)
+@pytest.mark.parametrize("wrap", ["ema", "module", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod.", "_fsdp_wrapped_module.net."])
+def test_wrapped_and_prefixed_mappings(sit, wrap, prefix):
+    prefixed = {f"{prefix}{name}": array for name, array in sit.items()}
+    beside = {"ema": {}, "steps": np.int64(7), "opt": {"state": {0: {"exp_avg": np.ones(3)}}}}
+    assert_same(to_pytorch(from_pytorch(beside | {wrap: prefixed}, **GIVEN)), sit)
+
+
+def test_heads_of_training_alone_are_left_out_with_one_line(sit):
+    heads = {f"projectors.0.{i}.weight": np.ones((4, 24), np.float32) for i in (0, 2)}
+    with pytest.warns(UserWarning) as caught:
+        model = from_pytorch({"ema": sit | heads}, **GIVEN)
+    assert_same(to_pytorch(model), sit)
+    assert [str(warning.message) for warning in caught] == [
+        "weights: left out projectors.* (2 weights), a head that only training needs"
+    ]
+    assert caught[0].filename == __file__
 
 
 def test_ema_is_preferred(sit):
@@ -288,9 +301,10 @@ def test_what_cannot_be_seen_is_asked_for(request, which, arguments, message):
 
 
 def test_foreign_networks_are_refused():
-    with pytest.raises(InputError, match="family cannot be told.*found 1 weights: encoder.conv_in"):
+    message = "no weights of a SiT, DiT or LightningDiT, .*; top-level keys: encoder.conv_in.weight"
+    with pytest.raises(InputError, match=message):
         from_pytorch({"encoder.conv_in.weight": np.zeros((3, 3, 3, 3))})
-    with pytest.raises(InputError, match="family cannot be told.*found 0 weights"):
+    with pytest.raises(InputError, match="top-level keys: none"):
         from_pytorch({})
 
 

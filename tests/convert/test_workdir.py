@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import jax
 import numpy as np
 import pytest
@@ -67,6 +69,18 @@ def test_training_state_is_that_of_a_first_step(converted):
     checkpoints.close()
     assert restored.data == {}
     jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
+
+
+def test_the_fresh_optimiser_state_takes_no_memory(tmp_path):
+    """It is as large as the network twice over, and Orbax copies what it saves."""
+    shape = dict(width=256, depth=3, heads=2, patch=2, channels=3, tokens=9, classes=5)
+    model = from_pytorch(random_weights(release_shapes(**shape)), heads=2, auxiliary_depth=1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(functional.split(model)[1]))
+    tracemalloc.start()  # it sees what NumPy asks for, though not whether it is ever written
+    save_workdir(model, str(tmp_path))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 2 * size < peak < 3 * size
 
 
 def test_workdir_is_not_overwritten(converted):
