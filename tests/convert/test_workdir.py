@@ -16,7 +16,7 @@ from ig_jax.models import dit, functional
 from ig_jax.models.dit import DiTSpec
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, saved_config
+from ig_jax.training.checkpoint import Checkpoints, Score, saved_config
 from tests.common import golden
 from tests.release import random_weights, release_shapes
 
@@ -100,7 +100,7 @@ def test_best_and_numbered_steps(tmp_path):
 
     for step, loss in ((1, 0.5), (2, 0.1), (3, 0.3)):
         state = state_lib.TrainState(np.int32(step), full(-step), full(step), {"n": np.zeros(1)})
-        checkpoints.save(state, step, config, {}, loss)
+        checkpoints.save(state, step, config, {}, Score("validation_loss", loss))
         checkpoints.wait()
     checkpoints.close()
     for which, ema, value in (("last", True, 3), ("best", True, 2), (1, True, 1), (3, False, -3)):
