@@ -380,6 +380,15 @@ def _check_no_auxiliary(config: ConfigDict) -> None:
         )
 
 
+def check_training(config: ConfigDict) -> None:
+    """Raises `InputError` for a model that can be sampled from but has no loss to train it."""
+    if config.model.learned_sigma and config.optimizer.trainable == "all":
+        raise InputError(
+            "config.model.learned_sigma is True: expected False to train, since the variance "
+            "channels have no loss here (or config.optimizer.trainable='auxiliary_head')"
+        )
+
+
 def check_devices(config: ConfigDict, devices: int) -> None:
     """Raises `InputError` unless mesh and batch sizes divide evenly over `devices`."""
     sizes_ = [config.mesh.data, config.mesh.fsdp]

@@ -20,7 +20,7 @@ from ig_jax.data import digits, images, latents, prepare
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
-from ig_jax.models import autoencoder, dit
+from ig_jax.models import autoencoder, dit, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
 from ig_jax.training import sharding
@@ -72,6 +72,11 @@ class Experiment:
         return Experiment.from_config(saved, list(self.mesh.devices.flat))
 
     @property
+    def layout(self) -> network.Layout:
+        """What the network declares of its parameters."""
+        return network.layout(self.graphdef, self.shapes)
+
+    @property
     def path(self) -> interpolant.Interpolant:
         """The interpolant that the network is trained on."""
         return interpolant.get(self.config.loss.path)
@@ -83,7 +88,7 @@ class Experiment:
 
     def abstract_params(self) -> Params:
         """The parameters' shapes with their shardings, as restoring a checkpoint needs them."""
-        shardings = sharding.state_sharding(self.mesh, self.shapes)
+        shardings = sharding.state_sharding(self.mesh, self.shapes, self.layout)
         return jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
             self.shapes,

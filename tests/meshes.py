@@ -57,7 +57,7 @@ def train_and_draw(
     if state is None:
         state = programs.init(jax.random.key(1))
     else:
-        state = jax.device_put(state, sharding.state_sharding(mesh, state))
+        state = jax.device_put(state, sharding.state_sharding(mesh, state, experiment.layout))
     batches = loop.open_batches(config, source, mesh, None)
     batch = next(batches)
     key = jax.jit(lambda: jax.random.key(2), out_shardings=sharding.replicated(mesh))()

@@ -3,6 +3,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
+from ig_jax.training import loop
 from tests.common import tiny_config
 
 
@@ -72,6 +73,17 @@ def test_a_model_without_auxiliary_head_refuses_internal_guidance():
     config.guidance.ig_scale = 1.5
     with pytest.raises(InputError, match="config.guidance.ig_scale is 1.5: expected 1.*no auxil"):
         config_lib.validate(config)
+
+
+def test_a_variance_without_a_loss_is_sampled_from_but_not_trained(tmp_path):
+    config = tiny_config()
+    config.model.learned_sigma = True
+    config_lib.validate(config)
+    with pytest.raises(InputError, match="config.model.learned_sigma is True: expected False to"):
+        loop.Trainer(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    config.optimizer.trainable = "auxiliary_head"  # leaves the final head as it is
+    config_lib.check_training(config)
 
 
 def test_unconditional_model_refuses_cfg():

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional, sizes
+from ig_jax.models import dit, functional, network, sizes
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.training import optimizer as optimizer_lib
@@ -92,8 +92,9 @@ def save_workdir(model: DiT, workdir: str, data: str = "latents") -> ConfigDict:
     """
     check_empty(workdir)
     config = config_for(model.spec, data)
-    _, params = functional.split(model)
-    transform = optimizer_lib.make_optimizer(config_lib.optimizer_options(config), params)
+    graphdef, params = functional.split(model)
+    layout = network.layout(graphdef, params)
+    transform = optimizer_lib.make_optimizer(config_lib.optimizer_options(config), layout)
     shapes = jax.eval_shape(functools.partial(state_lib.create, transform=transform), params)
     # Every rule's state starts at zero.
     fresh = jax.tree.map(

@@ -16,6 +16,7 @@ from flax import nnx
 from ig_jax.errors import InputError
 from ig_jax.models import functional, layers, sizes
 from ig_jax.models.functional import Params
+from ig_jax.models.network import declare
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
@@ -40,7 +41,8 @@ class Prediction:
     variance: jax.Array | None = None
 
 
-def _whole(layer: Params) -> Params:
+def _whole(stack: str, layer: Params) -> Params:
+    del stack
     return layer
 
 
@@ -186,14 +188,18 @@ class DiT(nnx.Module):
         self.patch_embed = nnx.Linear(
             patch * spec.channels, spec.width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
         )
+        convolution = (spec.patch_size, spec.patch_size, spec.channels, spec.width)
+        declare(self.patch_embed.kernel, unflattened=convolution)
         self.time_embed = layers.TimeEmbedding(spec.width, rngs=rngs)
         self.label_embed = nnx.Embed(
             spec.num_classes + 1, spec.width, embedding_init=layers.normal(0.02), rngs=rngs
         )
+        declare(self.label_embed, table=True)
         # A parameter that gets no gradient: published LightningDiT checkpoints carry a table that
         # weight decay has shrunk, so it must be stored with the weights rather than recomputed.
         side = spec.input_size // spec.patch_size
         self.position = nnx.Param(jnp.asarray(layers.position_table(side, spec.width)))
+        declare(self.position, fixed=True)
         # Two stacks, so that the auxiliary head can read the stream between them.
         split = spec.auxiliary_depth or spec.depth
         self.before = self._stack(split, dtype, rngs)
@@ -205,6 +211,8 @@ class DiT(nnx.Module):
             if spec.auxiliary_depth
             else None
         )
+        if self.auxiliary_head is not None:
+            declare(self.auxiliary_head, head=0)
         self.final_head = layers.Head(out=out * (1 + spec.learned_sigma), zero=True, **heads)
 
     def _stack(self, depth: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> layers.Block:
@@ -225,12 +233,14 @@ class DiT(nnx.Module):
                 rngs=rngs,
             )
 
-        return make(rngs)
+        stack = make(rngs)
+        declare(stack, stacked=True)
+        return stack
 
     def _run(
-        self, stack: layers.Block, x: jax.Array, c: jax.Array, gather: Callable[[Params], Params]
+        self, name: str, x: jax.Array, c: jax.Array, gather: Callable[[str, Params], Params]
     ) -> jax.Array:
-        """Runs a stack of blocks over tokens x (B, N, D) with condition c (B, D)."""
+        """Runs the named stack of blocks over tokens x (B, N, D) with condition c (B, D)."""
         spec = self.spec
         tables = None
         if spec.rope:
@@ -239,10 +249,10 @@ class DiT(nnx.Module):
 
         # Scanned as pure functions of the layers' parameters: unlike `nnx.scan`, this also works
         # where the model was built outside the trace, such as inside a sampler's own `lax.scan`.
-        graphdef, parameters = functional.split(stack)
+        graphdef, parameters = functional.split(getattr(self, name))
 
         def body(x: jax.Array, layer: Params) -> tuple[jax.Array, None]:
-            return functional.merge(graphdef, gather(layer))(x, c, tables), None
+            return functional.merge(graphdef, gather(name, layer))(x, c, tables), None
 
         if self.remat != "none" or gather is not _whole:
             policy = _save_all_but_gathered if self.remat == "none" else REMAT_POLICIES[self.remat]
@@ -256,7 +266,7 @@ class DiT(nnx.Module):
         x: jax.Array,
         t: jax.Array,
         y: jax.Array,
-        gather: Callable[[Params], Params] = _whole,
+        gather: Callable[[str, Params], Params] = _whole,
     ) -> Prediction:
         """Predicts from noisy inputs.
 
@@ -265,9 +275,9 @@ class DiT(nnx.Module):
             t: (B,) times as the network expects them: [0, 1] for SiT and LightningDiT, integer
                 steps 0…999 for DiT (`Interpolant.network_time` converts).
             y: (B,) int32 labels; `num_classes` is the null label.
-            gather: makes one block's parameters whole where they are stored in pieces. It is called
-                inside the scan, and again in the backward pass, so that the whole parameters of
-                one block at a time are in memory.
+            gather: `gather(stack, layer)` makes whole what is stored in pieces of one block of the
+                named stack. It is called inside the scan, and again in the backward pass, so that
+                the whole parameters of one block at a time are in memory.
 
         Returns:
             `Prediction` of float32 arrays shaped like x. Raises `InputError` for a wrong shape.
@@ -279,11 +289,11 @@ class DiT(nnx.Module):
         c = self.time_embed(t) + self.label_embed(y)
         tokens = self.patch_embed(layers.patchify(x, spec.patch_size)).astype(jnp.float32)
         tokens = tokens + jax.lax.stop_gradient(self.position[...])
-        tokens = self._run(self.before, tokens, c, gather)
+        tokens = self._run("before", tokens, c, gather)
         auxiliary = None
         if self.auxiliary_head is not None:
             auxiliary = layers.unpatchify(self.auxiliary_head(tokens, c), spec.patch_size)
-            tokens = self._run(self.after, tokens, c, gather)
+            tokens = self._run("after", tokens, c, gather)
         final = layers.unpatchify(self.final_head(tokens, c), spec.patch_size)
         variance = None
         if spec.learned_sigma:

@@ -79,10 +79,11 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
     """Builds (without compiling yet) everything that runs on the devices."""
     config, mesh = experiment.config, experiment.mesh
     options = step_options(config, experiment.spec.null_label, source)
-    optimizer_options = config_lib.optimizer_options(config)
+    optimizer_options, layout = config_lib.optimizer_options(config), experiment.layout
     transform = optimizer_lib.make_optimizer(
-        optimizer_options, experiment.shapes, functools.partial(sharding.over_layers, mesh)
+        optimizer_options, layout, functools.partial(sharding.over_layers, mesh)
     )
+    norm = functools.partial(optimizer_lib.gradient_norm, optimizer_options, layout)
 
     def init(key: jax.Array) -> state_lib.TrainState:
         model = dit.DiT(
@@ -91,10 +92,10 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
         return state_lib.create(split(model)[1], transform)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    shardings = sharding.state_sharding(mesh, shapes)
+    shardings = sharding.state_sharding(mesh, shapes, layout)
     batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     bind = functools.partial(sharding.network, mesh, experiment.graphdef)
-    step = state_lib.make_train_step(bind, transform, options, optimizer_options)
+    step = state_lib.make_train_step(bind, transform, options, norm)
     validate = make_validation(bind, options)
     return Programs(
         init=jax.jit(init, out_shardings=shardings),
@@ -217,7 +218,8 @@ def initial_weights(experiment: Experiment, fresh: Params) -> Params:
         from ig_jax.convert.pytorch import add_auxiliary_head_params
 
         params = add_auxiliary_head_params(params, fresh)
-    return jax.device_put(params, sharding.state_sharding(experiment.mesh, params))
+    places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
+    return jax.device_put(params, places)
 
 
 class Trainer:
@@ -226,6 +228,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, workdir: str):
         self.config = config
         self.workdir = epath.Path(workdir)
+        config_lib.check_training(config)
         self.experiment = Experiment.from_config(config)
         self.source = self.experiment.open_data()
         # Also where no pictures are due: a missing autoencoder shows now and not at the end.

@@ -16,13 +16,13 @@ import optax
 
 from ig_jax.errors import InputError, suggest
 from ig_jax.models.functional import Params
+from ig_jax.models.network import Layout, Parameter
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Makes a Muon update about as large as an AdamW update (Liu et al. 2025, "Muon is Scalable for LLM
 # Training", eq. 4).
 ADAMW_RMS = 0.2
 
-_STACKS = ("before", "after")
 _CHOICES = {
     "name": ("adamw", "muon"),
     "schedule": ("constant", "cosine"),
@@ -117,35 +117,35 @@ def learning_rate_schedule(options: OptimizerOptions) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def parameter_groups(options: OptimizerOptions, params: Params) -> Any:
+def parameter_groups(options: OptimizerOptions, layout: Layout) -> Any:
     """Names the rule that updates each parameter.
 
     Args:
         options: see `OptimizerOptions`.
-        params: nested dict of a `DiT`'s parameters (arrays or shape structs).
+        layout: what the network declares of its parameters (`network.layout`).
 
     Returns:
         The same tree of strings: "adam", "muon", "decay" (shrinks only) or "frozen".
     """
 
-    def group(path: tuple[Any, ...], leaf: Any) -> str:
-        if options.trainable == "auxiliary_head" and path[0].key != "auxiliary_head":
+    def group(parameter: Parameter) -> str:
+        if options.trainable == "auxiliary_head" and parameter.head is None:
             return "frozen"
-        if path[0].key == "position":
-            # The fixed table gets no gradient. The release's Muon decays it all the same, and its
-            # published weights carry the result; its AdamW never sees the table.
+        if parameter.fixed:
+            # The release's Muon decays the position table, which gets no gradient, all the same,
+            # and its published weights carry the result; its AdamW never sees the table.
             return "decay" if options.name == "muon" else "frozen"
-        return "muon" if options.name == "muon" and _is_matrix(path, leaf) else "adam"
+        return "muon" if options.name == "muon" and parameter.is_matrix else "adam"
 
-    return jax.tree_util.tree_map_with_path(group, params)
+    return jax.tree.map(group, layout)
 
 
-def gradient_norm(options: OptimizerOptions, gradients: Params) -> jax.Array:
+def gradient_norm(options: OptimizerOptions, layout: Layout, gradients: Params) -> jax.Array:
     """Global norm (a float32 scalar) of the trainable gradients, as the clip measures it.
 
     Frozen parameters' gradients are left out, so that a compiled step need not compute them.
     """
-    groups = parameter_groups(options, gradients)
+    groups = parameter_groups(options, layout)
     kept = jax.tree.map(lambda group, g: None if group == "frozen" else g, groups, gradients)
     return optax.tree.norm(kept)
 
@@ -159,25 +159,26 @@ def _here(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array
 
 
 def make_optimizer(
-    options: OptimizerOptions, params: Params, map_matrices: MapMatrices = _here
+    options: OptimizerOptions, layout: Layout, map_matrices: MapMatrices = _here
 ) -> optax.GradientTransformation:
     """Builds the optimiser of a recipe; apply its updates with `optax.apply_updates`.
 
     Args:
         options: see `OptimizerOptions`.
-        params: nested dict of a `DiT`'s float32 parameters (arrays or shape structs).
+        layout: what the network declares of its float32 parameters (`network.layout`).
         map_matrices: how Muon's iteration reaches the devices, such as `sharding.over_layers`.
 
     Returns:
         Clip by global norm, then the rule of each parameter group. The state is float32; frozen
-        parameters and the position table have none. Raises `InputError` if the auxiliary head is
-        to be trained and there is none.
+        and fixed parameters have none. Raises `InputError` if the auxiliary head is to be trained
+        and there is none.
     """
-    if options.trainable == "auxiliary_head" and not params.get("auxiliary_head"):
+    groups = parameter_groups(options, layout)
+    used = set(jax.tree.leaves(groups))
+    if used == {"frozen"}:
         raise InputError(
             "trainable is 'auxiliary_head' but the model has no auxiliary head: set auxiliary_depth"
         )
-    groups = parameter_groups(options, params)
     rate = learning_rate_schedule(options)
     adam_rate = rate
     if options.name == "muon" and options.adam_learning_rate_scale != 1:
@@ -187,6 +188,7 @@ def make_optimizer(
         options.momentum,
         options.newton_schulz_steps,
         jnp.dtype(options.newton_schulz_dtype),
+        layout,
         map_matrices,
     )
     rules = {
@@ -197,7 +199,6 @@ def make_optimizer(
         "decay": optax.chain(optax.set_to_zero(), decayed_step),
         "frozen": optax.stateless(_keep),
     }
-    used = set(jax.tree.leaves(groups))
     update = optax.partition({name: rules[name] for name in rules if name in used}, groups)
     if not options.clip_norm:
         return update
@@ -245,9 +246,10 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    momentum: float = 0.95,
-    steps: int = 5,
-    dtype: jnp.dtype = jnp.bfloat16,
+    momentum: float,
+    steps: int,
+    dtype: jnp.dtype,
+    layout: Layout,
     map_matrices: MapMatrices = _here,
 ) -> optax.GradientTransformation:
     """Muon's update direction as the LightningDiT release computes it (Jordan et al. 2024).
@@ -260,17 +262,25 @@ def scale_by_muon(
         momentum: β of `m ← β·m + (1 − β)·g` and of the Nesterov mix `u = (1 − β)·g + β·m`.
         steps: number of Newton–Schulz iterations.
         dtype: dtype of the operands of the iteration's matrix products.
+        layout: what the network declares of its parameters. Stacked ones are treated layer by
+            layer, convolutions as (positions and inputs, outputs).
         map_matrices: applies the iteration to matrices that are stored in pieces.
 
     Returns:
-        A transformation of matrices named as a `DiT` names them; those of stacked blocks have a
-        leading layer axis and are treated layer by layer. Updates still await the learning rate.
+        A transformation of matrices; updates still await the learning rate.
     """
 
     iterate = functools.partial(orthogonalize, steps=steps, dtype=dtype)
 
     def init(params: optax.Params) -> MuonState:
         return MuonState(jax.tree.map(functools.partial(jnp.zeros_like, dtype=jnp.float32), params))
+
+    def direction(parameter: Parameter, u: jax.Array | optax.MaskedNode) -> Any:
+        if isinstance(u, optax.MaskedNode):  # another rule's
+            return u
+        layers = u.shape[: int(parameter.stacked)]
+        matrices = u.reshape(*layers, -1, u.shape[-1])
+        return _muon_scale(parameter) * map_matrices(iterate, matrices).reshape(u.shape)
 
     def update(
         gradients: optax.Updates, state: MuonState, params: optax.Params | None = None
@@ -280,12 +290,7 @@ def scale_by_muon(
             jax.tree.map, lambda m, g: momentum * m + (1 - momentum) * g.astype(jnp.float32)
         )
         buffer = mix(state.momentum, gradients)
-
-        def direction(path: tuple[Any, ...], u: jax.Array) -> jax.Array:
-            return _muon_scale(path, u) * map_matrices(iterate, u)
-
-        updates = jax.tree_util.tree_map_with_path(direction, mix(buffer, gradients))
-        return updates, MuonState(buffer)
+        return jax.tree.map(direction, layout, mix(buffer, gradients)), MuonState(buffer)
 
     return optax.GradientTransformation(init, update)
 
@@ -341,18 +346,17 @@ def ema_update(ema: Params, params: Params, decay: float | jax.Array) -> Params:
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(jnp.float32) - e), ema, params)
 
 
-def _is_matrix(path: tuple[Any, ...], leaf: Any) -> bool:
-    """Whether a parameter has two or more axes in the release, which does not stack its blocks."""
-    return len(leaf.shape) - (path[0].key in _STACKS) >= 2
+def _muon_scale(parameter: Parameter) -> float:
+    """The release's two scalings: Jordan's for the aspect ratio, Liu's for AdamW-sized updates.
 
-
-def _muon_scale(path: tuple[Any, ...], x: jax.Array) -> float:
-    """The release's two scalings: Jordan's for the aspect ratio, Liu's for AdamW-sized updates."""
-    columns, rows = x.shape[-2:]
-    if path[0].key == "label_embed":
-        # A table is stored as PyTorch has it; our kernels are (in, out), its weights (out, in).
+    Of a convolution the first takes the flattened matrix; the second, in the release, the first two
+    axes of its weight (out, in, …), so that the patch's positions do not count.
+    """
+    shape = parameter.unflattened or parameter.shape[int(parameter.stacked) :]
+    columns, rows = math.prod(shape[:-1]), shape[-1]
+    if parameter.table:
         rows, columns = columns, rows
-    return math.sqrt(max(1, rows / columns)) * ADAMW_RMS * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns)) * ADAMW_RMS * math.sqrt(max(shape[-2:]))
 
 
 def _keep(updates: optax.Updates, params: optax.Params | None = None) -> optax.Updates:

@@ -1,4 +1,5 @@
-"""Where every array lives: one mesh with axes `data` and `fsdp`, and one rule from shapes alone.
+"""Where every array lives: one mesh with axes `data` and `fsdp`, and one rule from shapes and what
+a network declares of its parameters.
 
 Parameters, EMA and optimiser state are split over `fsdp`; batches over both axes. Nothing in the
 networks mentions devices: `network` runs one on each device's rows and gathers what it needs.
@@ -12,19 +13,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ig_jax.errors import InputError
+from ig_jax.models import network as network_lib
 from ig_jax.models.dit import Network, Prediction
 from ig_jax.models.functional import Params, merge
+from ig_jax.models.network import Layout, Parameter
 
 AXES = ("data", "fsdp")
 # Below this many elements a gather costs more than the memory it would save.
 _SMALL = 2**14
-# Modules whose parameters have a leading layer axis, which `lax.scan` must be able to slice.
-_STACKS = ("before", "after")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -64,19 +65,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
     return Mesh(grid, AXES)
 
 
-def parameter_spec(path: Sequence[Any], shape: Sequence[int], fsdp: int) -> P:
+def parameter_spec(shape: Sequence[int], fsdp: int, stacked: bool = False) -> P:
     """Decides how one array is split: its largest axis that `fsdp` divides, or not at all.
 
     Args:
-        path: the array's key path in the state.
-        shape: its shape.
+        shape: of the array.
         fsdp: size of the mesh's `fsdp` axis.
+        stacked: whether its first axis counts layers, which `lax.scan` must be able to slice.
     """
-    stacked = any(getattr(key, "key", getattr(key, "name", None)) in _STACKS for key in path)
-    return _spec(shape, stacked, fsdp)
-
-
-def _spec(shape: Sequence[int], stacked: bool, fsdp: int) -> P:
     if fsdp == 1 or math.prod(shape) < _SMALL:
         return P()
     candidates = [i for i in range(int(stacked), len(shape)) if shape[i] % fsdp == 0]
@@ -87,11 +83,22 @@ def _spec(shape: Sequence[int], stacked: bool, fsdp: int) -> P:
     return P(*("fsdp" if i == axis else None for i in range(axis + 1)))
 
 
-def state_sharding(mesh: Mesh, tree: Any) -> Any:
-    """Shardings for every array (or shape struct) of a pytree of parameters or training state."""
+def state_sharding(mesh: Mesh, tree: Any, layout: Layout) -> Any:
+    """Shardings for every array (or shape struct) of a pytree of parameters or training state.
+
+    Args:
+        mesh: the devices.
+        tree: parameters, or a tree that holds trees like them, as an optimiser's state does.
+        layout: what the network declares of its parameters (`network.layout`).
+    """
+    stacked = {
+        path for path, parameter in traverse_util.flatten_dict(layout).items() if parameter.stacked
+    }
 
     def place(path: Sequence[Any], leaf: Any) -> NamedSharding:
-        return NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh.shape["fsdp"]))
+        names = tuple(getattr(key, "key", getattr(key, "name", None)) for key in path)
+        layers = any(names[i:] in stacked for i in range(len(names)))
+        return NamedSharding(mesh, parameter_spec(leaf.shape, mesh.shape["fsdp"], layers))
 
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -124,7 +131,7 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
 
     Args:
         mesh: the devices.
-        graphdef: of a `DiT`.
+        graphdef: of the network.
         params: its parameters, as `state_sharding` places them.
 
     Returns:
@@ -133,26 +140,25 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
     """
     if mesh.size == 1:
         return merge(graphdef, params)
-    specs = jax.tree.map(lambda sharding: sharding.spec, state_sharding(mesh, params))
+    layout = network_lib.layout(graphdef, params)
+    fsdp = mesh.shape["fsdp"]
+    specs = jax.tree.map(lambda p: parameter_spec(p.shape, fsdp, p.stacked), layout)
 
-    def in_scan(path: Sequence[Any], leaf: Any) -> bool:
+    def in_scan(parameter: Parameter) -> bool:
         # Biases of all layers together are gathered at once: they are small, latency is not.
-        return path[0].key in _STACKS and leaf.size // leaf.shape[0] >= _SMALL
+        return parameter.stacked and math.prod(parameter.shape[1:]) >= _SMALL
 
-    scanned = jax.tree_util.tree_map_with_path(in_scan, params)
-    at_once = jax.tree.map(lambda late, spec: P() if late else spec, scanned, specs)
-    # Both stacks hold the same kind of block, whose matrices are split alike.
-    per_layer = jax.tree.map(
-        lambda late, spec: P(*spec[1:]) if late else P(), scanned["before"], specs["before"]
-    )
+    at_once = jax.tree.map(lambda p, spec: P() if in_scan(p) else spec, layout, specs)
+    per_layer = jax.tree.map(lambda p, spec: P(*spec[1:]) if in_scan(p) else P(), layout, specs)
+
+    def gather(stack: str, layer: Params) -> Params:
+        return jax.tree.map(_gather, layer, per_layer[stack])
+
+    late = {"gather": gather} if fsdp > 1 and any(map(in_scan, jax.tree.leaves(layout))) else {}
 
     def local(params: Params, x: jax.Array, t: jax.Array, y: jax.Array) -> Prediction:
         whole = jax.tree.map(_gather, jax.tree.map(_apart, params, specs), at_once)
-        if mesh.shape["fsdp"] == 1:
-            return merge(graphdef, whole)(x, t, y)
-        return merge(graphdef, whole)(
-            x, t, y, gather=lambda layer: jax.tree.map(_gather, layer, per_layer)
-        )
+        return merge(graphdef, whole)(x, t, y, **late)
 
     rows = P(AXES)
     run = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)
@@ -191,7 +197,7 @@ def over_layers(
         `function(stack)`, placed like it.
     """
     data, fsdp = (mesh.shape[axis] for axis in AXES)
-    spec = _spec(stack.shape, True, fsdp) if stack.ndim == 3 else P()
+    spec = parameter_spec(stack.shape, fsdp, stacked=True) if stack.ndim == 3 else P()
     if mesh.size == 1 or stack.ndim < 3 or (fsdp > 1 and "fsdp" not in spec):
         return function(stack)
     count = len(stack)

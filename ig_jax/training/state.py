@@ -99,7 +99,7 @@ def make_train_step(
     bind: Callable[[Params], Network],
     transform: optax.GradientTransformation,
     options: StepOptions,
-    optimizer_options: optimizer_lib.OptimizerOptions,
+    norm: Callable[[Params], jax.Array],
 ) -> Callable[[TrainState, Any, jax.Array], tuple[TrainState, StepMetrics]]:
     """Returns the pure step `(state, batch, key) -> (state, metrics)`.
 
@@ -107,7 +107,7 @@ def make_train_step(
         bind: gives the network with these parameters, such as `sharding.network`.
         transform: the optimiser, clipping included.
         options: see `StepOptions`.
-        optimizer_options: what `transform` was made of.
+        norm: the gradients' norm that is reported.
 
     Returns:
         A function to jit; its randomness depends on (key, state.step) alone.
@@ -150,7 +150,7 @@ def make_train_step(
             loss_final=means.final,
             loss_auxiliary=means.auxiliary,
             loss_cosine=means.cosine,
-            gradient_norm=optimizer_lib.gradient_norm(optimizer_options, grads),
+            gradient_norm=norm(grads),
         )
         ema = optimizer_lib.ema_update(state.ema, params, options.ema_decay)
         return TrainState(state.step + 1, params, ema, optimizer), metrics

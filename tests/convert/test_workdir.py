@@ -12,7 +12,7 @@ from ig_jax import config as config_lib
 from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 from ig_jax.convert.workdir import config_for, load_workdir, save_workdir
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional
+from ig_jax.models import dit, functional, network
 from ig_jax.models.dit import DiTSpec
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
@@ -58,8 +58,9 @@ def test_training_state_is_that_of_a_first_step(converted):
     """The optimiser state equals the one that training makes, under both published optimisers."""
     model, workdir = converted
     options = config_lib.optimizer_options(saved_config(workdir))
-    _, params = functional.split(model)
-    expected = state_lib.create(params, optimizer_lib.make_optimizer(options, params))
+    graphdef, params = functional.split(model)
+    layout = network.layout(graphdef, params)
+    expected = state_lib.create(params, optimizer_lib.make_optimizer(options, layout))
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), expected

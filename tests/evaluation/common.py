@@ -55,7 +55,8 @@ def tiny_params(experiment: Experiment) -> Params:
     params = jax.tree.map(
         lambda p: p + 0.1 * generator.standard_normal(p.shape).astype(np.float32), split(model)[1]
     )
-    return jax.device_put(params, sharding.state_sharding(experiment.mesh, params))
+    places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
+    return jax.device_put(params, places)
 
 
 def on_one_device(experiment: Experiment) -> Experiment:

@@ -10,7 +10,9 @@ import pytest
 from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 from ig_jax.diffusion.loss import LossOptions, losses_at
 from ig_jax.errors import InputError
+from ig_jax.models.dit import DiTSpec, abstract
 from ig_jax.models.functional import merge, split
+from ig_jax.models.network import Parameter, layout
 from ig_jax.training.optimizer import (
     OptimizerOptions,
     ema_update,
@@ -33,7 +35,8 @@ def golden_model(name):
 def train(model, run, optimizer_options, loss_options):
     """Repeats a golden training run; returns its record, the trained weights and their EMA."""
     graphdef, params = split(model)
-    optimizer = make_optimizer(optimizer_options, params)
+    facts = layout(graphdef, params)
+    optimizer = make_optimizer(optimizer_options, facts)
 
     @jax.jit
     def step(params, ema, state, x, t, y, noise):
@@ -44,7 +47,8 @@ def train(model, run, optimizer_options, loss_options):
         gradients, losses = jax.grad(total, has_aux=True)(params)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
-        record = jax.tree.map(jnp.mean, losses), gradient_norm(optimizer_options, gradients)
+        norm = gradient_norm(optimizer_options, facts, gradients)
+        record = jax.tree.map(jnp.mean, losses), norm
         return params, ema_update(ema, params, 0.9), state, record
 
     ema, state, records = params, optimizer.init(params), []
@@ -90,8 +94,18 @@ def test_muon_training_equals_the_release(variant):
 
 
 @pytest.fixture(scope="module")
-def params():
-    return split(golden_model("lightningdit_params_qknorm_noshift"))[1]
+def network():
+    return split(golden_model("lightningdit_params_qknorm_noshift"))
+
+
+@pytest.fixture(scope="module")
+def params(network):
+    return network[1]
+
+
+@pytest.fixture(scope="module")
+def facts(network):
+    return layout(*network)
 
 
 def gradients_like(params, seed):
@@ -99,9 +113,9 @@ def gradients_like(params, seed):
     return jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), params)
 
 
-def apply(options, params, steps=2):
+def apply(options, params, facts, steps=2):
     """Updates with random gradients; returns the parameters and the last optimiser state."""
-    optimizer = make_optimizer(options, params)
+    optimizer = make_optimizer(options, facts)
 
     @jax.jit
     def step(params, state, gradients):
@@ -132,32 +146,85 @@ def muon_reference(weights, gradients, lr=0.02, decay=0.1):
     return weights
 
 
-def test_muon_treats_stacked_blocks_layer_by_layer_and_tables_by_their_rows():
-    shapes = {
-        "before": {"fc": {"kernel": (3, 6, 16), "bias": (3, 16)}},
-        "after": {"fc": {"kernel": (2, 16, 6)}},
-        "label_embed": {"embedding": (12, 8)},
-        "patch_embed": {"kernel": (12, 8)},
+def test_muon_treats_stacks_layer_by_layer_and_knows_kernels_from_tables_by_declaration():
+    facts = {
+        "before": {
+            "fc": {
+                "kernel": Parameter((3, 6, 16), stacked=True),
+                "bias": Parameter((3, 16), stacked=True),
+            }
+        },
+        "tower": {"kernel": Parameter((2, 16, 6), stacked=True)},
+        "names": {"embedding": Parameter((12, 8), table=True)},
+        "label_embed": {"kernel": Parameter((12, 8))},
     }
-    params = jax.tree.map(jnp.ones, shapes, is_leaf=lambda x: isinstance(x, tuple))
-    params = gradients_like(params, 9)
+    params = gradients_like(facts, 9)
     options = dataclasses.replace(
         MUON, learning_rate=0.02, muon_weight_decay=0.1, clip_norm=None, b2=0.999
     )
-    trained, _ = apply(options, params, steps=3)
+    trained, _ = apply(options, params, facts, steps=3)
     history = [gradients_like(params, seed) for seed in range(3)]
 
-    def reference(get):
-        return muon_reference(np.float64(get(params)), [np.float64(get(g)) for g in history])
+    def check(get):
+        reference = muon_reference(np.float64(get(params)), [np.float64(get(g)) for g in history])
+        assert relative_error(get(trained), reference) < 1e-5
 
-    for stack, depth in (("before", 3), ("after", 2)):
-        for i in range(depth):
-            expected = reference(lambda tree: tree[stack]["fc"]["kernel"][i].T)  # noqa: B023
-            assert relative_error(trained[stack]["fc"]["kernel"][i].T, expected) < 1e-5
-    expected = reference(lambda tree: tree["label_embed"]["embedding"])
-    assert relative_error(trained["label_embed"]["embedding"], expected) < 1e-5
-    expected = reference(lambda tree: tree["patch_embed"]["kernel"].T)
-    assert relative_error(trained["patch_embed"]["kernel"].T, expected) < 1e-5
+    for i in range(3):
+        check(lambda tree: tree["before"]["fc"]["kernel"][i].T)  # noqa: B023
+    for i in range(2):
+        check(lambda tree: tree["tower"]["kernel"][i].T)  # noqa: B023
+    check(lambda tree: tree["names"]["embedding"])
+    check(lambda tree: tree["label_embed"]["kernel"].T)
+
+
+def test_muon_on_every_shape_equals_the_release():
+    """Also convolutions with a patch of 2, whose second factor leaves the positions out."""
+    numbers = golden("muon_shapes")
+    names = [key.removeprefix("outputs/weight/") for key in numbers if key.startswith("outputs/")]
+    assert len(names) == 6
+
+    def ours(name, array):
+        """(out, in, p, p) as our network stores it: flattened (p·p·in, out)."""
+        if name == "table":
+            return array
+        return array.transpose(*range(2, array.ndim), 1, 0).reshape(-1, array.shape[0])
+
+    def fact(name):
+        shape = numbers[f"inputs/weight/{name}"].shape
+        unflattened = (*shape[2:], shape[1], shape[0]) if len(shape) == 4 else None
+        stored = ours(name, numbers[f"inputs/weight/{name}"]).shape
+        return Parameter(stored, table=name == "table", unflattened=unflattened)
+
+    facts = {name: fact(name) for name in names}
+    optimizer = make_optimizer(dataclasses.replace(MUON, clip_norm=None), facts)
+    start = {name: ours(name, numbers[f"inputs/weight/{name}"]) for name in names}
+    params, state = start, optimizer.init(start)
+    for i in range(3):
+        gradients = {name: ours(name, numbers[f"inputs/gradient_{i}/{name}"]) for name in names}
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    for name in names:
+        change = ours(name, numbers[f"outputs/weight/{name}"]) - start[name]
+        assert relative_error(params[name] - start[name], change) < 1e-3, name
+
+
+@pytest.mark.parametrize("patch", [1, 2])
+def test_the_network_declares_its_patch_embedding_a_convolution(patch):
+    spec = DiTSpec.of("sit", "s", width=16, depth=1, heads=2, input_size=4, auxiliary_depth=None)
+    spec = dataclasses.replace(spec, patch_size=patch)
+    facts = layout(*split(abstract(spec)))["patch_embed"]["kernel"]
+    assert (facts.shape, facts.unflattened) == ((4 * patch**2, 16), (patch, patch, 4, 16))
+
+
+def test_a_convolution_that_is_not_flattened_is_treated_like_one_that_is():
+    kernel = jax.random.normal(jax.random.key(0), (2, 2, 16, 48))
+    moved = {}
+    for shape, unflattened in ((kernel.shape, None), ((64, 48), kernel.shape)):
+        optimizer = make_optimizer(MUON, {"k": Parameter(shape, unflattened=unflattened)})
+        params = {"k": kernel.reshape(shape)}
+        moved[shape], _ = optimizer.update(params, optimizer.init(params), params)
+    one, other = (tree["k"].reshape(kernel.shape) for tree in moved.values())
+    assert relative_error(one, other) < 1e-5
 
 
 def adam_reference(weights, gradients, lr, b1, b2, eps, decay):
@@ -172,20 +239,21 @@ def adam_reference(weights, gradients, lr, b1, b2, eps, decay):
 
 @pytest.mark.parametrize("name, lr", [("adamw", 0.02), ("muon", 0.01)])
 def test_adam_is_decoupled_and_has_its_own_rate_beside_muon(name, lr):
-    params = {"before": {"fc": {"bias": jnp.linspace(-1, 1, 12).reshape(3, 4)}}}
+    facts = {"fc": {"bias": Parameter((3, 4), stacked=True)}}
+    params = {"fc": {"bias": jnp.linspace(-1, 1, 12).reshape(3, 4)}}
     options = OptimizerOptions(
         name, 0.02, b1=0.8, b2=0.9, eps=0.1, weight_decay=0.3, clip_norm=0,
         adam_learning_rate_scale=0.5,
     )  # fmt: skip
-    trained, _ = apply(options, params, steps=3)
-    leaf = lambda tree: np.float64(tree["before"]["fc"]["bias"])  # noqa: E731
+    trained, _ = apply(options, params, facts, steps=3)
+    leaf = lambda tree: np.float64(tree["fc"]["bias"])  # noqa: E731
     history = [leaf(gradients_like(params, seed)) for seed in range(3)]
     expected = adam_reference(leaf(params), history, lr, 0.8, 0.9, 0.1, 0.3)
     assert relative_error(leaf(trained), expected) < 1e-5
 
 
-def test_groups_follow_the_axes_that_the_release_has(params):
-    groups = parameter_groups(MUON, params)
+def test_groups_follow_the_axes_that_the_release_has(facts):
+    groups = parameter_groups(MUON, facts)
     block = groups["before"]
     assert block["attention"]["qkv"] == {"kernel": "muon", "bias": "adam"}
     assert block["attention"]["q_norm"] == {"weight": "adam"}
@@ -194,13 +262,13 @@ def test_groups_follow_the_axes_that_the_release_has(params):
     assert groups["label_embed"] == {"embedding": "muon"}
     assert groups["patch_embed"] == {"kernel": "muon", "bias": "adam"}
     assert groups["position"] == "decay"
-    assert parameter_groups(ADAMW, params)["position"] == "frozen"
+    assert parameter_groups(ADAMW, facts)["position"] == "frozen"
 
 
 @pytest.mark.parametrize("options", [ADAMW, MUON], ids=["adamw", "muon"])
-def test_the_position_table_only_decays_and_the_state_is_float32(params, options):
+def test_the_position_table_only_decays_and_the_state_is_float32(params, facts, options):
     options = dataclasses.replace(options, weight_decay=0.1)
-    trained, state = apply(options, params)
+    trained, state = apply(options, params, facts)
     factor = (1 - 2e-3 * 0.01) ** 2 if options.name == "muon" else 1.0
     np.testing.assert_allclose(trained["position"], factor * params["position"], rtol=3e-7)
     if options.name == "adamw":
@@ -208,17 +276,17 @@ def test_the_position_table_only_decays_and_the_state_is_float32(params, options
     leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
     assert all(leaf.dtype == jnp.float32 for leaf in leaves)
     # Muon: one buffer for each matrix; Adam: two moments; nothing for the table.
-    groups = parameter_groups(options, params)
+    groups = parameter_groups(options, facts)
     buffers = {"muon": 1, "adam": 2, "decay": 0, "frozen": 0}
     sizes = jax.tree.map(lambda group, p: buffers[group] * p.size, groups, params)
     assert sum(leaf.size for leaf in leaves) == sum(jax.tree.leaves(sizes))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_training_the_head_alone_keeps_every_other_bit(params, name):
+def test_training_the_head_alone_keeps_every_other_bit(params, facts, name):
     options = OptimizerOptions(name, 0.02, weight_decay=0.1, trainable="auxiliary_head")
     signed = jax.tree.map(lambda p: p.at[..., 0].set(-0.0), params)
-    trained, state = apply(options, signed)
+    trained, state = apply(options, signed, facts)
     for key in params:
         for before, after in zip(*map(jax.tree.leaves, (signed[key], trained[key])), strict=True):
             same = np.asarray(before).tobytes() == np.asarray(after).tobytes()
@@ -227,19 +295,20 @@ def test_training_the_head_alone_keeps_every_other_bit(params, name):
     assert sum(leaf.size for leaf in jax.tree.leaves(state) if leaf.ndim) <= 2 * head
 
 
-def test_clip_and_norm_see_the_trainable_gradients_alone(params):
-    params = {key: params[key] for key in ("position", "final_head", "auxiliary_head")}
+def test_clip_and_norm_see_the_trainable_gradients_alone(params, facts):
+    some = ("position", "final_head", "auxiliary_head")
+    params, facts = ({key: tree[key] for key in some} for tree in (params, facts))
     gradients = gradients_like(params, 0)
     options = OptimizerOptions(trainable="auxiliary_head")
-    norm = float(gradient_norm(options, gradients))
+    norm = float(gradient_norm(options, facts, gradients))
     assert norm == pytest.approx(float(optax.global_norm(gradients["auxiliary_head"])), rel=1e-6)
-    everything = float(gradient_norm(OptimizerOptions(), gradients))
+    everything = float(gradient_norm(OptimizerOptions(), facts, gradients))
     seen = {key: value for key, value in gradients.items() if key != "position"}
     assert everything == pytest.approx(float(optax.global_norm(seen)), rel=1e-6)
     # Adam's second moment after one step holds the squares of the clipped gradients.
     for clip, expected in ((0.5, 0.5), (0, norm), (None, norm), (2 * norm, norm)):
         options = dataclasses.replace(options, clip_norm=clip)
-        optimizer = make_optimizer(options, params)
+        optimizer = make_optimizer(options, facts)
         _, state = optimizer.update(gradients, optimizer.init(params), params)
         moment = optax.tree.get(state, "nu")
         total = sum(float(leaf.sum()) for leaf in jax.tree.leaves(moment)) / (1 - options.b2)
@@ -263,12 +332,14 @@ def test_schedules():
     assert [float(cold(i)) for i in (0, 5, 10)] == pytest.approx([0.5, 0.25, 0], abs=1e-7)
 
 
-def test_the_schedule_drives_every_group(params):
+def test_the_schedule_drives_every_group(params, facts):
     options = dataclasses.replace(MUON, warmup_steps=3)
-    params = {key: params[key] for key in ("position", "final_head")}
-    still, _ = apply(options, params, steps=1)
+    params, facts = (
+        {key: tree[key] for key in ("position", "final_head")} for tree in (params, facts)
+    )
+    still, _ = apply(options, params, facts, steps=1)
     jax.tree.map(np.testing.assert_array_equal, still, params)
-    moved, _ = apply(options, params, steps=2)
+    moved, _ = apply(options, params, facts, steps=2)
     changed = jax.tree.map(lambda a, b: bool((a != b).any()), moved, params)
     assert all(jax.tree.leaves(changed))
 
@@ -325,7 +396,7 @@ def test_bad_options(changes, message):
         OptimizerOptions(**changes)
 
 
-def test_training_an_absent_head_is_refused(params):
-    headless = {key: value for key, value in params.items() if key != "auxiliary_head"}
+def test_training_an_absent_head_is_refused(facts):
+    headless = {key: value for key, value in facts.items() if key != "auxiliary_head"}
     with pytest.raises(InputError, match="no auxiliary head"):
         make_optimizer(OptimizerOptions(trainable="auxiliary_head"), headless)

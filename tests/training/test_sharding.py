@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
-from ig_jax.models import dit
+from ig_jax.models import dit, network
 from ig_jax.models.functional import merge, split
+from ig_jax.models.network import Parameter
 from ig_jax.plan import fit
 from ig_jax.plan.hlo import collectives
 from ig_jax.training import loop, sharding
@@ -21,6 +23,7 @@ from ig_jax.training import state as state_lib
 from ig_jax.training.checkpoint import Checkpoints
 from tests import meshes
 
+ADAMW = optimizer_lib.OptimizerOptions()
 SHAPES = [(8, 1), (4, 2), (1, 8)]
 
 
@@ -54,14 +57,15 @@ def test_meshes_learn_and_draw_the_same(shape):
 def xl_state(family, fsdp):
     """Shapes, with shardings, of the XL model's training state."""
     config = config_lib.default_config(family, "xl")
-    _, params = split(dit.abstract(config_lib.model_spec(config)))
+    graphdef, params = split(dit.abstract(config_lib.model_spec(config)))
+    layout = network.layout(graphdef, params)
     options = dataclasses.replace(
         config_lib.optimizer_options(config), newton_schulz_dtype="float32"
     )
-    transform = optimizer_lib.make_optimizer(options, params)
+    transform = optimizer_lib.make_optimizer(options, layout)
     shapes = jax.eval_shape(lambda p: state_lib.create(p, transform), params)
     mesh = AbstractMesh((256 // fsdp, fsdp), sharding.AXES)
-    places = sharding.state_sharding(mesh, shapes)
+    places = sharding.state_sharding(mesh, shapes, layout)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
@@ -81,17 +85,37 @@ def test_state_of_a_device_falls_as_one_over_fsdp(family):
 
 def test_what_is_split():
     spec = functools.partial(sharding.parameter_spec, fsdp=8)
-    stacked = [jax.tree_util.DictKey("before"), jax.tree_util.DictKey("kernel")]
-    alone = [jax.tree_util.DictKey("time_embed"), jax.tree_util.DictKey("kernel")]
-    assert spec(alone, (256, 512)) == P(None, "fsdp")
-    assert spec(alone, (512, 256)) == P("fsdp")
-    assert spec(alone, (512, 512)) == P(None, "fsdp")
-    assert spec(alone, (1001, 128)) == P(None, "fsdp")
+    assert spec((256, 512)) == P(None, "fsdp")
+    assert spec((512, 256)) == P("fsdp")
+    assert spec((512, 512)) == P(None, "fsdp")
+    assert spec((1001, 128)) == P(None, "fsdp")
     # Layers stay together, even where their number is the largest axis.
-    assert spec(stacked, (1024, 64, 64)) == P(None, None, "fsdp")
-    assert spec(alone, (64, 64)) == P()  # small
-    assert spec(alone, (1001, 129)) == P()  # indivisible
-    assert sharding.parameter_spec(alone, (512, 512), 1) == P()
+    assert spec((1024, 64, 64), stacked=True) == P(None, None, "fsdp")
+    assert spec((64, 64)) == P()  # small
+    assert spec((1001, 129)) == P()  # indivisible
+    assert sharding.parameter_spec((512, 512), 1) == P()
+
+
+def test_layers_stay_together_wherever_the_state_holds_them():
+    """Names decide nothing: what the network declares is found inside the optimiser's state too."""
+    shapes = {"tower": {"kernel": (1024, 64, 64)}, "kernel": (1024, 64, 64)}
+    layout = {
+        "tower": {"kernel": Parameter((1024, 64, 64), stacked=True)},
+        "kernel": Parameter((1024, 64, 64)),
+    }
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+        shapes,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    state = jax.eval_shape(optimizer_lib.make_optimizer(ADAMW, layout).init, params)
+    places = sharding.state_sharding(AbstractMesh((1, 8), sharding.AXES), (params, state), layout)
+    found = {
+        ("tower" in jax.tree_util.keystr(path), place.spec)
+        for path, place in jax.tree_util.tree_leaves_with_path(places)
+        if "kernel" in jax.tree_util.keystr(path)
+    }
+    assert found == {(True, P(None, None, "fsdp")), (False, P("fsdp"))}
 
 
 # What devices exchange.
@@ -100,14 +124,15 @@ def test_what_is_split():
 def sizes(state):
     """Bytes of parameters: all, those split over fsdp, and those gathered layer by layer."""
     total = split_ = scanned = 0
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        if path[0].key == "position":  # no gradient
+    layout = Experiment.from_config(meshes.wide_config()).layout
+    for parameter, leaf in zip(*map(jax.tree.leaves, (layout, state.params)), strict=True):
+        if parameter.fixed:  # no gradient
             continue
         total += leaf.nbytes
         if "fsdp" in leaf.sharding.spec:
             split_ += leaf.nbytes
-            stacked = path[0].key in ("before", "after")
-            scanned += leaf.nbytes if stacked and leaf.nbytes // leaf.shape[0] >= 2**16 else 0
+            large = leaf.nbytes // leaf.shape[0] >= 2**16
+            scanned += leaf.nbytes if parameter.stacked and large else 0
     return total, split_, scanned
 
 
@@ -152,7 +177,8 @@ def test_training_a_head_alone_costs_a_forward_pass():
     images = config.train.batch_size // 8
     assert step.cost_analysis()["flops"] < 1.25 * images * dit.forward_flops(experiment.spec)
     found = collectives(step.as_text())
-    head = sum(leaf.size * 4 for leaf in jax.tree.leaves(experiment.shapes["auxiliary_head"]))
+    parameters = jax.tree.leaves(experiment.layout)
+    head = sum(4 * math.prod(p.shape) for p in parameters if p.head is not None)
     assert "reduce-scatter" not in found and found["all-reduce"].bytes <= head + 1024
 
 
@@ -174,7 +200,8 @@ def test_layers_shared_out_over_devices_are_exact(shape, layers):
     mesh = mesh_of(*shape)
     x = np.random.default_rng(0).standard_normal((layers, 64, 128)).astype(np.float32)
     iterate = functools.partial(optimizer_lib.orthogonalize, dtype=jnp.float32)
-    place = sharding.state_sharding(mesh, {"before": x})["before"]
+    layout = {"stack": Parameter(x.shape, stacked=True)}
+    place = sharding.state_sharding(mesh, {"stack": x}, layout)["stack"]
     assert ("fsdp" in place.spec) == (shape[1] > 1)
     run = jax.jit(functools.partial(sharding.over_layers, mesh, iterate), out_shardings=place)
     found = run(jax.device_put(x, place))
@@ -191,7 +218,10 @@ def test_muon_on_eight_devices_equals_one():
     options = optimizer_lib.OptimizerOptions(
         name="muon", learning_rate=1e-2, newton_schulz_dtype="float32"
     )
-    shapes = {name: experiment.shapes[name] for name in ("before", "label_embed", "position")}
+    some = ("before", "label_embed", "position")
+    shapes, layout = (
+        {name: tree[name] for name in some} for tree in (experiment.shapes, experiment.layout)
+    )
     stream = np.random.default_rng(0)
     draw = functools.partial(
         jax.tree.map, lambda s: stream.standard_normal(s.shape).astype(np.float32)
@@ -200,9 +230,10 @@ def test_muon_on_eight_devices_equals_one():
 
     def train(mesh):
         transform = optimizer_lib.make_optimizer(
-            options, params, functools.partial(sharding.over_layers, mesh)
+            options, layout, functools.partial(sharding.over_layers, mesh)
         )
-        place = functools.partial(jax.device_put, device=sharding.state_sharding(mesh, params))
+        places = sharding.state_sharding(mesh, params, layout)
+        place = functools.partial(jax.device_put, device=places)
         update = jax.jit(transform.update, compiler_options=meshes.QUICKLY)
         moved, state = place(params), transform.init(place(params))
         for gradient in gradients:
