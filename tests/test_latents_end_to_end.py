@@ -1,6 +1,8 @@
 """From pictures to latents to training, and from samples back to pictures, at small size."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,10 @@ from ig_jax.training import loop
 from tests.common import golden, seeded_weights, tiny_config
 
 SIZE, PER_CLASS = 16, 24
+# A folder's name that is not UTF-8, and what becomes of it.
+TEMPLE, TEMPLE_TEXT = os.fsdecode(b"temp\xe9"), r"temp\udce9"
+if sys.platform != "linux":  # file systems that take UTF-8 only
+    TEMPLE = TEMPLE_TEXT = "temple"
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +29,7 @@ def pictures(tmp_path_factory):
     """Crops of scikit-learn's two photographs, and digits: three classes of real images."""
     root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
-    for name, photo in zip(("temple", "flower"), load_sample_images().images, strict=True):
+    for name, photo in zip((TEMPLE, "flower"), load_sample_images().images, strict=True):
         (root / name).mkdir()
         for i in range(PER_CLASS):
             top, left = rng.integers(0, photo.shape[0] - 96), rng.integers(0, photo.shape[1] - 96)
@@ -77,20 +83,20 @@ def latents(pictures, autoencoder, tmp_path_factory):
 def test_pictures_to_pictures(family, pictures, autoencoder, latents, tmp_path):
     config = make_config(family, pictures, autoencoder, latents)
     trainer = loop.train(config, str(tmp_path))
-    assert trainer.source.class_names == ("digit", "flower", "temple")
+    assert trainer.source.class_names == ("digit", "flower", TEMPLE_TEXT)
     assert len(trainer.source.train) == 3 * PER_CLASS - 8
     with Image.open(tmp_path / "samples" / "step_0000004.png") as grid:
         assert grid.mode == "RGB"
 
     # Sampling needs the checkpoint and the decoder, not the latents.
     config.data.path = "/nowhere"
-    config.sampler.labels = "flower,0"
+    config.sampler.labels = "flower,0,2"
     sampling.run(config, str(tmp_path))
     (samples,) = (p for p in (tmp_path / "samples").iterdir() if p.is_dir())
     with np.load(samples / "samples.npz") as file:
         assert file["arr_0"].shape == (8, SIZE, SIZE, 3) and file["arr_0"].dtype == np.uint8
     lines = (samples / "labels.txt").read_text().splitlines()
-    assert lines[:2] == ["000000 1 flower", "000001 0 digit"]
+    assert lines[:3] == ["000000 1 flower", "000001 0 digit", f"000002 2 {TEMPLE_TEXT}"]
     with Image.open(samples / "images" / "000007.png") as picture:
         assert picture.size == (SIZE, SIZE)
 

@@ -77,7 +77,7 @@ def require_local(path: str) -> str:
 def write_json(path: str, values: Mapping[str, Any], partial_suffix: str = ".partial") -> None:
     """Writes a JSON file, whole or not at all."""
     partial = path + partial_suffix
-    with open(partial, "w") as file:
+    with open(partial, "w", encoding="utf-8") as file:  # not the locale's
         json.dump(values, file, ensure_ascii=False)
         file.flush()
         os.fsync(file.fileno())
@@ -87,7 +87,7 @@ def write_json(path: str, values: Mapping[str, Any], partial_suffix: str = ".par
 def read_json(path: str) -> dict[str, Any] | None:
     """Reads a JSON file; None if there is none; raises `InputError` if it is damaged."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             return json.load(file)
     except FileNotFoundError:
         return None

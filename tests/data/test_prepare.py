@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import pathlib
 import resource
 import shutil
@@ -11,7 +12,7 @@ import pytest
 
 from ig_jax.data import images, latents, prepare, shards
 from ig_jax.errors import InputError
-from tests.data.common import OPTIONS, SIZE, add_irregular, encode, make_tree
+from tests.data.common import OPTIONS, SIZE, add_irregular, encode, encoded, make_tree, photo, strew
 
 
 def run(root, path, encode=encode, **options):
@@ -250,6 +251,43 @@ def test_a_folder_without_classes_gives_unlabelled_latents(tree, tmp_path):
     source = latents.open_latents(str(tmp_path / "latents"), num_validation=2)
     assert (source.num_classes, source.class_names) == (0, ())
     assert [int(source.train[i]["label"]) for i in range(7)] == [0] * 7
+
+
+ANY_NAME = """
+import sys
+from ig_jax.data import images, prepare
+from tests.data.common import OPTIONS, encode
+
+print(sys.getfilesystemencoding())
+prepare.prepare(images.ImageFolder(sys.argv[1]), sys.argv[2], encode, **OPTIONS)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file systems that take UTF-8 only")
+@pytest.mark.parametrize("locale", [{"PYTHONUTF8": "1"}, {"PYTHONUTF8": "0", "LC_ALL": "C"}])
+def test_any_name_in_any_locale_gives_the_same_index(tmp_path, locale):
+    root = os.fsencode(tmp_path / "tree")
+    for name in ("café".encode(), b"caf\xe9", b"strange\n"):
+        os.makedirs(root + b"/" + name)
+        with open(root + b"/" + name + b"/\xff.png", "wb") as file:
+            file.write(encoded(photo().resize((SIZE, SIZE)).convert("L")))
+    command = [sys.executable, "-c", ANY_NAME, root, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONCOERCECLOCALE": "0"} | locale
+    done = subprocess.run(command, capture_output=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"utf-8" if locale["PYTHONUTF8"] == "1" else b"ascii")
+    index = shards.read_index(str(tmp_path / "out"))
+    assert index["class_names"] == ["café", r"caf\udce9", r"strange\n"]
+    assert index["converted"][1] == [r"caf\udce9/\udcff.png", "L"]
+
+
+def test_what_is_no_picture_is_not_encoded(tree, tmp_path):
+    shutil.copytree(tree[0], tmp_path / "tree")
+    strew(tmp_path / "tree")
+    strew(tmp_path / "tree" / "china")
+    assert "23 images of 3 classes" in run(str(tmp_path / "tree"), tmp_path / "out")
+    index = shards.read_index(str(tmp_path / "out"))
+    assert (index["images"]["count"], len(index["skipped"])) == (26, 3)
 
 
 def test_bad_input(tree, tmp_path):
