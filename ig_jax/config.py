@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import numbers
+import os
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from ig_jax.diffusion import interpolant, loss, sampler
 from ig_jax.diffusion.guidance import Guidance, check_interval
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import dit, sizes
+from ig_jax.paths import resolve
 from ig_jax.training.optimizer import OptimizerOptions
 
 DATA_SETS = ("digits", "latents", "folder", "tfds")
@@ -415,6 +417,30 @@ def check_devices(config: ConfigDict, devices: int) -> None:
             )
 
 
+# `data.images` may name a TFDS set instead.
+PATH_FIELDS = (
+    "data.path",
+    "data.images",
+    "data.autoencoder_path",
+    "train.init_from",
+    "guidance.weak",
+    "evaluation.inception_path",
+    "evaluation.reference",
+    "evaluation.samples",
+)
+
+
+def resolve_paths(config: ConfigDict) -> ConfigDict:
+    """Returns a copy whose paths are absolute, so that they mean the same from any folder."""
+    config = config.copy_and_resolve_references()
+    for field in PATH_FIELDS:
+        section, name = field.split(".")
+        path = config.get(section, {}).get(name)
+        if path and not path.startswith("tfds:"):
+            config[section][name] = os.fspath(resolve(path))
+    return config
+
+
 def compute_dtype(name: str) -> jnp.dtype:
     """Turns "auto", "float32" or "bfloat16" into a dtype for the present devices."""
     if name == "auto":
@@ -559,6 +585,8 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
 
     Both are complete (`from_json` completes a saved one).
     """
+    # An older version saved paths as they were typed.
+    config, saved = resolve_paths(config), resolve_paths(saved)
     free = {"train": _FREE_TRAIN, "data": _FREE_DATA, "model": _FREE_MODEL}
     lines = []
     for section, values in config.items():

@@ -23,6 +23,7 @@ from ig_jax.errors import InputError
 from ig_jax.models import autoencoder, dit, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
+from ig_jax.paths import check_writable
 from ig_jax.training import sharding
 from ig_jax.training.checkpoint import saved_config, saved_source
 
@@ -101,14 +102,15 @@ class Experiment:
         self._check(source)
         return source
 
-    def open_facts(self, workdir: str) -> DataSource:
+    def open_facts(self, workdir: str, step: int | str = "last") -> DataSource:
         """What sampling needs to know of the data, without the data set where that is possible.
 
         Args:
             workdir: whose checkpoint carries the facts of the data it was trained on. Converted
                 checkpoints carry none: then those of the named autoencoder, or of the data set.
+            step: of the checkpoint; "last", "best" or a number.
         """
-        source = saved_source(workdir) or known_facts(self.config, self.spec)
+        source = saved_source(workdir, step) or known_facts(self.config, self.spec)
         if source is None:
             return self.open_data()
         self._check(source)
@@ -209,6 +211,7 @@ def run_prepare(config: ConfigDict, workdir: str | None) -> str:
     data = config.data
     if not data.path:
         raise InputError("config.data.path is empty: expected the directory to write latents to")
+    check_writable(data.path, "config.data.path")
     pictures = images.open_images(data.images)
     model = load_autoencoder(config)
     published = AUTOENCODERS.get(data.autoencoder)

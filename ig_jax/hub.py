@@ -26,6 +26,7 @@ from ig_jax.errors import InputError, suggest
 from ig_jax.library import Decoder
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.paths import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +169,11 @@ def from_pretrained(
         )
     published = PUBLISHED[name]
     dtype = _default_dtype() if dtype is None else dtype
-    file = str(weights) if weights is not None else fetch(published.repository, published.file)
-    digest = _verify(file, published.sha256 if weights is None else None) if verify else None
+    if weights is None:
+        file, expected = fetch(published.repository, published.file), published.sha256
+    else:
+        file, expected = os.fspath(resolve(weights)), None
+    digest = _verify(file, expected) if verify else None
     model = from_pytorch(
         file,
         family=published.spec.family,

@@ -14,6 +14,7 @@ from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from ig_jax.errors import InputError, suggest  # noqa: E402
+from ig_jax.paths import check_workdir, resolve  # noqa: E402
 
 START = """\
 How to start
@@ -32,16 +33,16 @@ def _train(config: ConfigDict, workdir: str) -> str:
     return loop.run(config, workdir)
 
 
-def _sample(config: ConfigDict, workdir: str) -> str:
+def _sample(config: ConfigDict, workdir: str, step: int | str) -> str:
     from ig_jax import sampling
 
-    return sampling.run(config, workdir)
+    return sampling.run(config, workdir, step)
 
 
-def _evaluate(config: ConfigDict, workdir: str) -> str:
+def _evaluate(config: ConfigDict, workdir: str, step: int | str) -> str:
     from ig_jax.evaluation import evaluate
 
-    return evaluate.run(config, workdir)
+    return evaluate.run(config, workdir, step)
 
 
 def _prepare(config: ConfigDict, workdir: str) -> str:
@@ -50,10 +51,10 @@ def _prepare(config: ConfigDict, workdir: str) -> str:
     return experiment.run_prepare(config, workdir)
 
 
-def _sweep(config: ConfigDict, workdir: str) -> str:
+def _sweep(config: ConfigDict, workdir: str, step: int | str) -> str:
     from ig_jax.evaluation import sweep
 
-    return sweep.run(config, workdir)
+    return sweep.run(config, workdir, step)
 
 
 def _compile(config: ConfigDict, workdir: str) -> str:
@@ -62,8 +63,9 @@ def _compile(config: ConfigDict, workdir: str) -> str:
     return fit.run(config, workdir)
 
 
-# mode → (what it does, function(config, workdir) → the last line to print)
-MODES: dict[str, tuple[str, Callable[[ConfigDict, str], str]]] = {
+# mode → (what it does, function(config, workdir) → the last line to print); those that read a
+# checkpoint are told which.
+MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "train": ("train the config's model; continues by itself in the same workdir", _train),
     "sample": ("draw samples from a workdir: labelled PNG grid and .npz", _sample),
     "evaluate": ("score a workdir's samples, or an existing .npz or folder", _evaluate),
@@ -72,6 +74,7 @@ MODES: dict[str, tuple[str, Callable[[ConfigDict, str], str]]] = {
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }
 
+_READ_CHECKPOINT = ("sample", "evaluate", "sweep")
 # Modes that write nothing, or elsewhere.
 _NO_WORKDIR = ("prepare", "compile")
 _HELP_FLAGS = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
@@ -86,36 +89,51 @@ _COMPARE = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of checkpoints, logs and results (local or gs://)"
 )
+_STEP = flags.DEFINE_string(
+    "step", "last", "of the checkpoint to sample, evaluate or sweep: last, best, or its number"
+)
+
+
+def _locate(argv: list[str], name: str) -> tuple[int, int] | None:
+    """Where the value of `--name=value` or `--name value` is: argument, and first character."""
+    for i, argument in enumerate(argv):
+        if argument in (f"--{name}", f"-{name}") and i + 1 < len(argv):
+            return i + 1, 0
+        if argument.startswith((f"--{name}=", f"-{name}=")):
+            return i, argument.index("=") + 1
+    return None
 
 
 def _argument(argv: list[str], name: str) -> str | None:
-    """The value of `--name=value` or `--name value`, before flags are parsed."""
-    for i, argument in enumerate(argv):
-        if argument in (f"--{name}", f"-{name}") and i + 1 < len(argv):
-            return argv[i + 1]
-        if argument.startswith((f"--{name}=", f"-{name}=")):
-            return argument.split("=", 1)[1]
-    return None
+    """The value of a flag, before flags are parsed."""
+    place = _locate(argv, name)
+    return None if place is None else argv[place[0]][place[1] :]
 
 
 def define_config(argv: list[str]) -> None:
     """Defines `--config` and its overrides: from the file given, or from the workdir's checkpoint.
 
+    The file's path in `argv` is made absolute, since ml_collections opens it as it was typed.
+
     Raises:
         InputError: neither a config file nor a workdir with a checkpoint.
     """
-    path, workdir = _argument(argv, "config"), _argument(argv, "workdir")
-    if path is not None:
-        file = path.split(":", 1)[0]
-        if not os.path.exists(file):
-            raise InputError(f"--config is {path!r}: expected an existing file, such as configs/…")
+    workdir, place = _argument(argv, "workdir"), _locate(argv, "config")
+    if place is not None:
+        i, start = place
+        file, colon, argument = argv[i][start:].partition(":")
+        if not file or not resolve(file).is_file():
+            raise InputError(
+                f"--config is {argv[i][start:]!r}: expected an existing file, such as configs/…"
+            )
+        argv[i] = f"{argv[i][:start]}{resolve(file)}{colon}{argument}"
         config_flags.DEFINE_config_file("config", None, "experiment file, `get_config()`")
         return
-    if workdir is None:
+    if not workdir:
         raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
-    from ig_jax.training.checkpoint import saved_config
+    from ig_jax.training.checkpoint import parse_step, saved_config
 
-    config = saved_config(workdir)
+    config = saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
     try:
         config_flags.DEFINE_config_dict("config", config)
     except (flags.Error, AttributeError, TypeError, KeyError, ValueError) as error:
@@ -132,28 +150,61 @@ def _run(argv: list[str]) -> None:
         return
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: options look like --mode=sample")
-    mode, workdir = _MODE.value, _WORKDIR.value
+    mode = _MODE.value
     if mode not in MODES:
         known = tuple(MODES)
         raise InputError(
             f"--mode is {mode!r}: expected one of {', '.join(known)}{suggest(mode, known)}"
         )
-    if workdir is None and mode not in _NO_WORKDIR:
-        raise InputError("--workdir=DIR expected: where checkpoints and results go")
-    config = flags.FLAGS["config"].value
+    run_mode(mode, flags.FLAGS["config"].value)
+
+
+def run_mode(mode: str, config: ConfigDict) -> None:
+    """Checks what can be checked before the processes of a run meet, and runs the mode."""
+    from ig_jax import config as config_lib
+    from ig_jax.parallel import processes
+
+    workdir = _workdir(mode)
+    arguments = _which(mode, config, workdir)
+    if workdir is not None and mode not in _NO_WORKDIR:
+        check_workdir(workdir)
     if _GUIDANCE.value == "best":
         from ig_jax.evaluation import sweep
 
         sweep.apply_best(config, workdir)
-    from ig_jax import config as config_lib
-
     config_lib.validate(config)
-    from ig_jax.parallel import processes
-
+    config = config_lib.resolve_paths(config)
     processes.initialize(config_lib.fingerprint(config))
-    last_line = MODES[mode][1](config, workdir)
+    last_line = MODES[mode][1](config, workdir, **arguments)
     if processes.is_primary():
         print(last_line)
+
+
+def _workdir(mode: str) -> str | None:
+    """The absolute path that `--workdir` means; raises `InputError` if the mode needs one."""
+    from ig_jax.training.checkpoint import find_workdir
+
+    if _WORKDIR.value:
+        return os.fspath(find_workdir(_WORKDIR.value))
+    if mode in _NO_WORKDIR:
+        return None
+    raise InputError("--workdir=DIR expected: where checkpoints and results go")
+
+
+def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]:
+    """The step of the checkpoint to read, for modes that read one; raises `InputError`."""
+    from ig_jax.training.checkpoint import find_step, parse_step
+
+    pictures = mode == "evaluate" and config.evaluation.samples
+    if mode in _READ_CHECKPOINT and not pictures:
+        return {"which": find_step(workdir, parse_step(_STEP.value))}
+    if _STEP.present:
+        with_samples = " and --config.evaluation.samples" if pictures else ""
+        raise InputError(
+            f"--step has no meaning with --mode={mode}{with_samples}: expected it with "
+            f"{', '.join(_READ_CHECKPOINT)} only"
+        )
+    return {}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,6 +237,8 @@ def _parse(argv: list[str]) -> list[str]:
         )
         print("  --config.a.b=value  overrides a field (see ig_jax/config.py for all of them)")
         print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
+        print("  --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its")
+        print("                      number (last if left out)")
         print("  --guidance=best     sample or evaluate with what --mode=sweep found")
         print("  --compare A B       with --mode=evaluate: how the protocols of two results differ")
         raise SystemExit(0)

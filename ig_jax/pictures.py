@@ -15,6 +15,7 @@ from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
 from ig_jax.errors import InputError
+from ig_jax.paths import resolve
 
 # Endings of pictures, in lower case; a file's own may be in any.
 SUFFIXES = (
@@ -44,7 +45,7 @@ def list_folder(folder: epath.PathLike) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     try:
         if "://" in os.fspath(folder):  # buckets hold neither links nor special files
-            _, folders, files = next(epath.Path(folder).walk())
+            _, folders, files = next(resolve(folder).walk())
         else:
             for entry in os.scandir(folder):
                 with contextlib.suppress(OSError):  # a link that leads to itself
@@ -136,7 +137,7 @@ def from_array(image: np.ndarray) -> Image.Image:
 
 def read_image(path: epath.PathLike) -> np.ndarray:
     """Reads a PNG as (H, W, 1 or 3) uint8."""
-    with Image.open(io.BytesIO(epath.Path(path).read_bytes())) as picture:
+    with Image.open(io.BytesIO(resolve(path).read_bytes())) as picture:
         array = np.asarray(picture)
     return array[..., None] if array.ndim == 2 else array
 
@@ -154,7 +155,7 @@ def save_image(path: epath.PathLike, image: Image.Image) -> None:
     """Writes a picture as PNG, to a local path or a bucket."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    epath.Path(path).write_bytes(buffer.getvalue())
+    resolve(path).write_bytes(buffer.getvalue())
 
 
 def save_figure(path: epath.PathLike, figure: Any) -> None:
@@ -164,4 +165,4 @@ def save_figure(path: epath.PathLike, figure: Any) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
     plt.close(figure)
-    epath.Path(path).write_bytes(buffer.getvalue())
+    resolve(path).write_bytes(buffer.getvalue())

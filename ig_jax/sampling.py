@@ -29,6 +29,7 @@ from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.parallel.processes import is_primary
+from ig_jax.paths import resolve
 from ig_jax.training import sharding
 from ig_jax.training.checkpoint import Checkpoints
 
@@ -269,7 +270,7 @@ class PictureFolder:
     """
 
     def __init__(self, directory: epath.PathLike):
-        self.directory = epath.Path(directory)
+        self.directory = resolve(directory)
 
     def path(self, index: int) -> epath.Path:
         """Where picture `index` is."""
@@ -299,7 +300,7 @@ def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, sh
 
     The file appears under its name only when it is complete.
     """
-    path = epath.Path(path)
+    path = resolve(path)
     partial = path.parent / (path.name + ".partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     with (
@@ -346,22 +347,22 @@ def draw_into(
     return len(missing)
 
 
-def run(config: ConfigDict, workdir: str) -> str:
+def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
 
     A folder named after what fixes the pictures gets numbered PNGs in `images`, `samples.npz`
     (`arr_0`, uint8 (N, H, W, C), as evaluators expect), `labels.txt`, `protocol.json` and a grid
     of the first 100, `samples.png`. Started again after a stop it draws only what is missing.
-    Raises `InputError` on an empty workdir.
+    `which` checkpoint is "last", "best" or a step. Raises `InputError` if there is none.
     """
     experiment = Experiment.from_config(config)
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.step()
-    source = experiment.open_facts(workdir)
+    step = checkpoints.step(which)
+    source = experiment.open_facts(workdir, step)
     indices = np.arange(config.sampler.num_samples)
     labels = labels_for(config, indices, source.class_names)
     to_images = make_to_images(experiment, source)
-    params = checkpoints.weights(experiment.abstract_params(), ema=config.sampler.ema)
+    params = checkpoints.weights(experiment.abstract_params(), step, config.sampler.ema)
     checkpoints.close()
     drawer = make_drawer(experiment)
     guidance = config_lib.guidance(config)
@@ -373,7 +374,7 @@ def run(config: ConfigDict, workdir: str) -> str:
         ema=config.sampler.ema,
         weak=None if drawer.weak is None else protocol.weights_hash(drawer.weak[1]),
     )
-    directory = epath.Path(workdir) / "samples" / folder_name(record)
+    directory = resolve(workdir) / "samples" / folder_name(record)
     folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,17 @@
+import json
+import os
 import subprocess
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
+from ig_jax import config as config_lib
 from ig_jax import main
+from ig_jax.errors import InputError
+from tests.common import tiny_config
+from tests.test_paths import save
 
 
 def run(*arguments, **environment):
@@ -57,6 +65,103 @@ def test_bad_flags_get_one_line(arguments, message, tmp_path):
     assert done.stderr.startswith("ig_jax: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr
     assert not (tmp_path / "w").exists()
+
+
+SHOW = """
+import json, sys
+from ig_jax import main
+
+def show(config, workdir):
+    print(json.dumps({"workdir": workdir, **config.to_dict()}))
+    return "done"
+
+main.MODES["train"] = ("", show)
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("prefix,suffix", [("", ""), ("~/", "/")])
+def test_paths_as_typed(tmp_path, prefix, suffix):
+    """Every flag that takes a path, from a folder that is also the home."""
+    (tmp_path / "my.py").write_text("from tests.common import tiny_config as get_config\n")
+    typed = {field: f"{prefix}{field}{suffix}" for field in ("w", *config_lib.PATH_FIELDS)}
+    fields = [f"--config.{name}={typed[name]}" for name in config_lib.PATH_FIELDS]
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW, f"--config={prefix}my.py", f"--workdir={typed['w']}", *fields],
+        cwd=tmp_path,
+        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    values, last_line = done.stdout.splitlines()
+    values = json.loads(values)
+    assert last_line == "done" and values["workdir"] == str(tmp_path / "w")
+    for field in config_lib.PATH_FIELDS:
+        section, name = field.split(".")
+        assert values[section][name] == str(tmp_path / field)
+    assert [p.name for p in tmp_path.iterdir()] == ["my.py"]
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """What modes are called with, in their place; flags are as before afterwards."""
+    calls = []
+
+    def stand_in(config, workdir, **arguments):
+        calls.append((workdir, arguments))
+        return ""
+
+    for mode, (line, _) in main.MODES.items():
+        monkeypatch.setitem(main.MODES, mode, (line, stand_in))
+    with flagsaver.flagsaver():
+        yield calls
+
+
+def call(mode, *arguments, **evaluation):
+    config = tiny_config()
+    config.evaluation.update(evaluation)
+    flags.FLAGS(["ig_jax", *arguments])
+    main.run_mode(mode, config)
+
+
+@pytest.mark.parametrize("mode", ["sample", "evaluate", "sweep"])
+@pytest.mark.parametrize(
+    "step,found", [((), 9), (("--step=last",), 9), (("--step=best",), 4), (("--step=7",), 7)]
+)
+def test_step(called, tmp_path, mode, step, found):
+    save(tmp_path, 2, 4, 7, 9, scores={4: 0.1, 7: 0.2})
+    call(mode, f"--workdir={tmp_path}/checkpoints/", *step)
+    assert called == [(str(tmp_path), {"which": found})]
+
+
+@pytest.mark.parametrize(
+    "mode,arguments,evaluation,message",
+    [
+        ("sample", ["--step=newest"], {}, "--step is 'newest': expected last, best, or the number"),
+        ("sample", ["--step=-1"], {}, "--step is '-1': expected last, best, or the number"),
+        ("sweep", ["--step=3"], {}, "no checkpoint of step 3 in .*: there are 2, 9$"),
+        ("evaluate", ["--step=best"], {}, "no checkpoint in .* carries a score"),
+        (
+            "train",
+            ["--step=2"],
+            {},
+            "--step has no meaning with --mode=train: expected it with sam",
+        ),
+        ("evaluate", ["--step=2"], {"samples": "a.npz"}, "with --mode=evaluate and --config.eval"),
+        ("sample", ["--workdir={}/checkpoints/2"], {}, "as in --workdir={} --step=2$"),
+        ("sample", ["--workdir="], {}, "--workdir=DIR expected"),
+        ("train", ["--workdir={}/file"], {}, "{}/file is a file, expected a folder"),
+        ("evaluate", ["--workdir={}/file"], {"samples": "a.npz"}, "is a file, expected a folder"),
+    ],
+)
+def test_step_and_workdir_that_cannot_be(called, tmp_path, mode, arguments, evaluation, message):
+    save(tmp_path, 2, 9)
+    (tmp_path / "file").write_text("")
+    arguments = [f"--workdir={tmp_path}", *(a.format(tmp_path) for a in arguments)]
+    with pytest.raises(InputError, match=message.replace("{}", str(tmp_path))):
+        call(mode, *arguments, **evaluation)
+    assert not called
 
 
 TINY = [

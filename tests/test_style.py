@@ -59,6 +59,14 @@ def test_heavy_packages_are_imported_inside_functions():
             assert name.split(".")[0] not in heavy and not name.startswith(heavy_clu), (path, name)
 
 
+def test_paths_are_made_in_one_place():
+    """Every path from outside passes `ig_jax.paths.resolve`, which alone knows how."""
+    makers = re.compile(r"\b(epath\.Path|pathlib\.\w*Path|expanduser|abspath)\(")
+    found = {path.name for path in PACKAGE.rglob("*.py") if makers.search(path.read_text())}
+    # The hub's cache is no path that anyone types.
+    assert found == {"paths.py", "hub.py"}, "expected ig_jax.paths.resolve"
+
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared for others, who import them without saying so.
 FOR_OTHERS = {"tensorflow", "tensorflow-cpu", "tensorboard", "importlib-resources"}

@@ -20,6 +20,8 @@ from ig_jax.convert import files, pytorch, workdir  # noqa: E402
 from ig_jax.errors import InputError  # noqa: E402
 from ig_jax.models import dit, functional, sizes  # noqa: E402
 from ig_jax.models.dit import DiT  # noqa: E402
+from ig_jax.paths import check_writable, resolve  # noqa: E402
+from ig_jax.training.checkpoint import parse_step  # noqa: E402
 
 EPILOG = """\
 examples
@@ -30,10 +32,6 @@ examples
   python -m ig_jax.convert --workdir=/tmp/sit --to_pytorch=sit.safetensors
       EMA weights under the authors' names, for load_state_dict(safetensors.torch.load_file(...))
 """
-
-
-def _step(text: str) -> int | str:
-    return text if text in ("last", "best") else int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -61,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", help=f"config.data.name: {', '.join(DATA_SETS)} (latents if left out)")
     back = parser.add_argument_group("back to PyTorch")
     add = back.add_argument
-    add("--step", type=_step, help='"last", "best" or a number (last if left out)')
+    add("--step", help='"last", "best" or a number (last if left out)')
     add("--raw", action="store_true", help="the raw weights instead of the EMA")
     return parser
 
@@ -108,8 +106,10 @@ def _into_workdir(args: argparse.Namespace) -> str:
 
 
 def _to_pytorch(args: argparse.Namespace) -> str:
+    step = parse_step(args.step or "last")
+    check_writable(resolve(args.to_pytorch).parent, "the folder of --to_pytorch")
     with console.progress_bar(2, "converting") as advance:
-        model = workdir.load_workdir(args.workdir, args.step or "last", ema=not args.raw)
+        model = workdir.load_workdir(args.workdir, step, ema=not args.raw)
         advance(text="writing")
         # With the rotary buffers, so that PyTorch's strict loading accepts the file.
         weights = pytorch.to_pytorch(model, rope_buffers=model.spec.rope)

@@ -16,6 +16,7 @@ from etils import epath
 
 from ig_jax.convert import pickles
 from ig_jax.errors import InputError, suggest
+from ig_jax.paths import resolve
 from ig_jax.storage.files import write_atomically
 
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
@@ -65,7 +66,7 @@ def read_checkpoint(path: os.PathLike | str) -> Mapping[str, Any]:
         InputError: if the file is missing, of another type, damaged, or a pickle carrying code; or
             if a PyTorch file is read where PyTorch is not installed.
     """
-    file = epath.Path(path)
+    file = resolve(path)
     if file.suffix not in SUFFIXES:
         raise InputError(f"{path}: found a {file.suffix or 'suffixless'} file, expected weights "
                          f"as one of {', '.join(SUFFIXES)}")  # fmt: skip
@@ -146,7 +147,7 @@ def write_safetensors(
     """
     import safetensors.numpy
 
-    file = epath.Path(path)
+    file = resolve(path)
     if file.suffix != ".safetensors":
         raise InputError(f"{path}: found suffix {file.suffix!r}, expected .safetensors")
     # safetensors writes the underlying buffer, which for a transposed view is in another order.

@@ -10,13 +10,13 @@ import os
 from collections.abc import Iterator, Mapping
 
 import numpy as np
-from etils import epath
 from flax import nnx
 
 from ig_jax.convert import files
 from ig_jax.errors import InputError
 from ig_jax.models import functional
 from ig_jax.models.inception import Inception
+from ig_jax.paths import resolve
 from ig_jax.storage.files import file_digest
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -85,7 +85,7 @@ def load_inception(
         InputError: if the file is missing (the line says where to get it), has another hash, or
             does not hold these weights.
     """
-    file = epath.Path(path)
+    file = resolve(path)
     if not file.exists() or file.is_dir():
         raise InputError(
             f"{path}: Inception weights not found; download {URL} "

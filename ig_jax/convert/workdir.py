@@ -8,7 +8,6 @@ import functools
 
 import jax
 import numpy as np
-from etils import epath
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
@@ -17,6 +16,7 @@ from ig_jax.errors import InputError
 from ig_jax.models import dit, functional, network, sizes
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.paths import check_workdir, resolve
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
 from ig_jax.training.checkpoint import Checkpoints, saved_config
@@ -70,8 +70,9 @@ def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
 
 
 def check_empty(workdir: str) -> None:
-    """Raises `InputError` if a workdir holds checkpoints already."""
-    directory = epath.Path(workdir) / "checkpoints"
+    """Raises `InputError` if a workdir holds checkpoints already, or cannot be written."""
+    check_workdir(workdir)
+    directory = resolve(workdir) / "checkpoints"
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"{directory} holds checkpoints already: expected a new workdir")
 

@@ -23,6 +23,7 @@ from PIL import Image, TiffImagePlugin
 from ig_jax import pictures
 from ig_jax.data.source import DataSource, Example, hold_out
 from ig_jax.errors import InputError, suggest
+from ig_jax.paths import resolve
 
 # Beyond it an image has no middle worth cutting out, and scaling it would take gigabytes.
 MAX_ASPECT = 50
@@ -77,6 +78,7 @@ class ImageFolder:
     """
 
     def __init__(self, path: str):
+        path = os.fspath(resolve(path))
         if not os.path.isdir(path):
             raise InputError(f"{path}: no such folder, expected images as class/name.jpg")
         self._path = path
@@ -172,6 +174,7 @@ class TfdsImages:
         import tensorflow_datasets as tfds
 
         self._name, self._split = name, split
+        data_dir = os.fspath(resolve(data_dir)) if data_dir else ""
         info = _tfds_builder(name, data_dir).info
         features = info.features
         if not {"image", "label"} <= set(features):

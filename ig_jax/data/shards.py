@@ -31,6 +31,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from ig_jax import console
 from ig_jax.data.source import Example
 from ig_jax.errors import InputError
+from ig_jax.paths import resolve
 
 FORMAT = "ig_jax latents 1"
 PLAN, INDEX = "plan.json", "index.json"
@@ -71,7 +72,7 @@ def require_local(path: str) -> str:
             f"config.data.path is {path!r}: expected a local path, mount the bucket (gcsfuse) or "
             "copy it to a disk"
         )
-    return os.path.expanduser(path)
+    return os.fspath(resolve(path)) if path else path
 
 
 def write_json(path: str, values: Mapping[str, Any], partial_suffix: str = ".partial") -> None:

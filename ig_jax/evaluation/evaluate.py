@@ -32,6 +32,7 @@ from ig_jax.evaluation.statistics import ReferenceStatistics
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
+from ig_jax.paths import resolve
 from ig_jax.training.checkpoint import Checkpoints
 
 FOLDER = "evaluation"
@@ -96,7 +97,7 @@ class Scorer:
         """
         config = experiment.config
         extractor = make_extractor(config, experiment.mesh)
-        cache = None if workdir is None else epath.Path(workdir) / FOLDER
+        cache = None if workdir is None else resolve(workdir) / FOLDER
         data = None
         if not config.evaluation.reference:
             to_images = to_images or make_to_images(experiment, source)
@@ -428,7 +429,7 @@ def report(results: Sequence[Result], workdir: epath.PathLike) -> str:
     Returns:
         A line that says where the files are.
     """
-    folder = epath.Path(workdir) / FOLDER
+    folder = resolve(workdir) / FOLDER
     stem = _file_stem(results)
     path = folder / f"{stem}.json"
     if not is_primary():
@@ -543,34 +544,36 @@ def at_end(
     return report(results, workdir)
 
 
-def run(config: ConfigDict, workdir: str) -> str:
+def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     """`--mode=evaluate`: scores a workdir's checkpoint, or `config.evaluation.samples`.
 
-    Writes results into `workdir/evaluation` and nothing else. Returns the last line to print;
-    raises `InputError`.
+    Writes results into `workdir/evaluation` and nothing else. `which` checkpoint is "last", "best"
+    or a step. Returns the last line to print; raises `InputError`.
     """
     experiment = Experiment.from_config(config)
     if config.evaluation.samples:
         source = None if config.evaluation.reference else experiment.open_data()
         return report([evaluate_files(experiment, source, workdir)], workdir)
-    params, step = load_weights(experiment, workdir)
-    source = open_source(experiment, workdir)
+    params, step = load_weights(experiment, workdir, which)
+    source = open_source(experiment, workdir, step)
     ema = config.sampler.ema
     results = evaluate(experiment, params, source, workdir=workdir, step=step, ema=ema)
     return report(results, workdir)
 
 
-def open_source(experiment: Experiment, workdir: str) -> DataSource:
+def open_source(experiment: Experiment, workdir: str, step: int | str = "last") -> DataSource:
     """The data set, or its facts alone where a reference makes the pictures unnecessary."""
     if experiment.config.evaluation.reference:
-        return experiment.open_facts(workdir)
+        return experiment.open_facts(workdir, step)
     return experiment.open_data()
 
 
-def load_weights(experiment: Experiment, workdir: epath.PathLike) -> tuple[Params, int]:
-    """The last checkpoint's weights (EMA or raw, as `sampler.ema` says) and their step."""
+def load_weights(
+    experiment: Experiment, workdir: epath.PathLike, which: int | str = "last"
+) -> tuple[Params, int]:
+    """A checkpoint's weights (EMA or raw, as `sampler.ema` says) and their step."""
     checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.step()
+    step = checkpoints.step(which)
     params = checkpoints.weights(
         experiment.abstract_params(), step, ema=experiment.config.sampler.ema
     )

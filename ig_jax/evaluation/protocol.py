@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
@@ -25,6 +24,7 @@ from ig_jax.diffusion import sampler as samplers
 from ig_jax.diffusion.guidance import Guidance
 from ig_jax.errors import InputError
 from ig_jax.models.functional import Params
+from ig_jax.paths import resolve
 
 # Metric → (what tables call it, format).
 METRICS: dict[str, tuple[str, str]] = {
@@ -157,7 +157,7 @@ def sampling_record(
 def save_sampling(path: os.PathLike | str, record: Mapping[str, Any], count: int) -> None:
     """Stores a `sampling_record` beside the `count` pictures that it is of."""
     values = {"num_samples": count, "protocol": dict(record)}
-    epath.Path(path).write_text(json.dumps(values, indent=1) + "\n")
+    resolve(path).write_text(json.dumps(values, indent=1) + "\n")
 
 
 def load_sampling(path: os.PathLike | str, count: int) -> dict[str, Any] | None:
@@ -167,7 +167,7 @@ def load_sampling(path: os.PathLike | str, count: int) -> dict[str, Any] | None:
         InputError: if the file is something else.
     """
     try:
-        values = json.loads(epath.Path(path).read_text())
+        values = json.loads(resolve(path).read_text())
         record = {name: values["protocol"][name] for name in SAMPLING_FIELDS}
         return record if values["num_samples"] == count else None
     except (ValueError, KeyError, TypeError) as error:
@@ -205,7 +205,7 @@ def versions() -> dict[str, str]:
 @functools.lru_cache(maxsize=16)
 def _file_hash(path: str, length: int, modified: float) -> str:
     digest = hashlib.sha256()
-    with epath.Path(path).open("rb") as file:
+    with resolve(path).open("rb") as file:
         while block := file.read(1 << 24):
             digest.update(block)
     return digest.hexdigest()
@@ -213,7 +213,7 @@ def _file_hash(path: str, length: int, modified: float) -> str:
 
 def file_hash(path: os.PathLike | str) -> str:
     """SHA-256 of a file in hex; raises `InputError` if there is no such file."""
-    file = epath.Path(path)
+    file = resolve(path)
     if not file.exists() or file.is_dir():
         raise InputError(f"{path}: no such file")
     stat = file.stat()
@@ -317,14 +317,14 @@ def _short(digest: str | None) -> str:
 def save(path: os.PathLike | str, results: Sequence[Result]) -> None:
     """Writes results as JSON, each with its own full record and its line."""
     rows = [{**dataclasses.asdict(result), "line": line(result)} for result in results]
-    path = epath.Path(path)
+    path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"results": rows}, indent=2) + "\n")
 
 
 def load(path: os.PathLike | str) -> list[Result]:
     """Reads what `save` wrote; raises `InputError` if the file is missing or something else."""
-    file = epath.Path(path)
+    file = resolve(path)
     if not file.exists() or file.is_dir():
         raise InputError(f"{path}: no such file; expected a result of --mode=evaluate (.json)")
     try:

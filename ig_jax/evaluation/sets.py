@@ -33,6 +33,7 @@ from ig_jax.evaluation.statistics import (
     RunningStatistics,
 )
 from ig_jax.parallel.processes import is_primary
+from ig_jax.paths import resolve
 
 # Pictures per call of the extractor; part of what makes two routes agree to the last bit.
 CHUNK = 256
@@ -67,7 +68,7 @@ class PngFolder:
 
     def __init__(self, path: os.PathLike | str):
         """Lists the files and reads the first; raises `InputError` if there is none."""
-        self.path = epath.Path(path)
+        self.path = resolve(path)
         found = list(filter(pictures.is_picture, pictures.walk_files(self.path)))
         names = sorted((name for name in found if name.lower().endswith(".png")), key=_natural)
         others = [name for name in found if not name.lower().endswith(".png")]
@@ -125,7 +126,7 @@ def open_images(path: os.PathLike | str) -> NpzImages | PngFolder:
     Returns:
         The pictures; their `path` says where they were found. Raises `InputError`.
     """
-    place = _pictures_in(epath.Path(path))
+    place = _pictures_in(resolve(path))
     if place.is_dir():
         return PngFolder(place)
     if not place.exists():
@@ -158,7 +159,7 @@ def stored_facts(
         (labels, protocol): the (count,) labels asked for and the sampling record, each None if
         there is no such file. Raises `InputError` if they are something else.
     """
-    beside = epath.Path(path).parent
+    beside = resolve(path).parent
     labels, record = None, None
     if (beside / "labels.txt").exists():
         lines = (beside / "labels.txt").read_text().splitlines()
@@ -406,7 +407,7 @@ def open_reference(
     if not path:
         make = functools.partial(_from_data, data, extractor)
         return _cached(cache, f"{data.fingerprint()} {extractor.fingerprint}", make)
-    place = _pictures_in(epath.Path(path))
+    place = _pictures_in(resolve(path))
     if place.is_dir():
         images: ImageSet = PngFolder(place)
         return _from_images(images, extractor, place.name, None)
@@ -442,12 +443,12 @@ def _from_statistics(
         "resolution": None,
         "count": stored.pool.count,
         **stored.metadata,
-        "name": epath.Path(path).name,
+        "name": resolve(path).name,
         "hash": digest,
     }
     if stored.features is None and has_images:
         images = NpzImages(path)
-        make = functools.partial(_from_images, images, extractor, epath.Path(path).name, digest)
+        make = functools.partial(_from_images, images, extractor, resolve(path).name, digest)
         beside = _cached(cache, f"{digest} {extractor.fingerprint}", make)
         metadata["resolution"] = beside.metadata["resolution"]
         stored = dataclasses.replace(stored, features=beside.features)
@@ -455,7 +456,7 @@ def _from_statistics(
 
 
 def _members(path: str) -> list[str]:
-    place = epath.Path(path)
+    place = resolve(path)
     if not place.exists():
         raise InputError(f"{path}: no such file; expected a reference .npz, or empty for the data")
     try:
@@ -503,7 +504,7 @@ def _cached(
     if cache is None:
         return make()
     key = hashlib.sha256(key.encode()).hexdigest()[:16]
-    file = epath.Path(cache) / f"reference-{key}.npz"
+    file = resolve(cache) / f"reference-{key}.npz"
     if primary_says(file.exists()):
         return statistics.load_statistics(file)
     reference = make()

@@ -20,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax.errors import InputError
+from ig_jax.paths import resolve
 
 # Rows are folded in blocks of this many, whatever sizes they arrive in, so that the result does not
 # depend (not even in the last bit) on batch sizes.
@@ -197,7 +198,7 @@ def save_statistics(path: os.PathLike | str, reference: ReferenceStatistics) -> 
     if reference.pool.count is not None:
         arrays["count"] = np.asarray(reference.pool.count, np.int64)
     arrays["metadata"] = np.asarray(json.dumps(dict(reference.metadata), sort_keys=True))
-    path = epath.Path(path)
+    path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
@@ -336,7 +337,7 @@ def _open_npz(path: os.PathLike | str) -> Iterator[np.lib.npyio.NpzFile]:
 
 
 def _existing(path: os.PathLike | str) -> epath.Path:
-    path = epath.Path(path)
+    path = resolve(path)
     if not path.exists() or path.is_dir():
         raise InputError(f"{path}: no such .npz file")
     return path

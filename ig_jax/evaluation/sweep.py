@@ -34,6 +34,7 @@ from ig_jax.evaluation.statistics import gaussian_statistics
 from ig_jax.experiment import Experiment
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
+from ig_jax.paths import resolve
 
 FOLDER = "sweep"
 # Of the full grid's samples, if the config names no budget.
@@ -162,7 +163,7 @@ class Draws:
         labels: np.ndarray,
     ):
         self._evaluator, self._params = evaluator, params
-        self._folder, self._seed, self.labels = epath.Path(folder), seed, labels
+        self._folder, self._seed, self.labels = resolve(folder), seed, labels
         self._held: dict[Guidance, dict[str, np.ndarray]] = {}
 
     def __call__(self, guidance: Guidance, count: int) -> dict[str, np.ndarray]:
@@ -279,8 +280,8 @@ class Search:
             sweep.budget,
             config.sampler.batch_size,
         )
-        self.folder = epath.Path(workdir) / FOLDER
-        source = evaluate.open_source(experiment, workdir)
+        self.folder = resolve(workdir) / FOLDER
+        source = evaluate.open_source(experiment, workdir, step)
         self.evaluator = evaluate.Evaluator.create(experiment, source, workdir)
         self.scorer = self.evaluator.scorer
         self._check_metric()
@@ -389,17 +390,22 @@ class Search:
         return Result(scores, record, notes)
 
 
-def run(config: ConfigDict, workdir: str) -> str:
+def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     """`--mode=sweep`: races the settings of `config.sweep` on a workdir's checkpoint.
 
     Writes `best.json`, `sweep.csv`, `sweep.json` and `sweep.png` into `workdir/sweep`, beside the
     features drawn so far. Started again after a stop it goes on, with the same result.
 
+    Args:
+        config: the checkpoint's, with what was overridden.
+        workdir: where the checkpoint is, and the results go.
+        which: checkpoint, "last", "best" or a step.
+
     Returns:
         The last line to print. Raises `InputError`.
     """
     experiment = Experiment.from_config(config)
-    params, step = evaluate.load_weights(experiment, workdir)
+    params, step = evaluate.load_weights(experiment, workdir, which)
     search = Search(experiment, params, step, workdir)
     if is_primary():
         plan = ", ".join(f"{r.settings} settings to {r.samples}" for r in search.rounds)
@@ -467,7 +473,7 @@ def load_best(workdir: epath.PathLike) -> Guidance:
     Raises:
         InputError: if there is none, or the file is damaged.
     """
-    path = epath.Path(workdir) / FOLDER / "best.json"
+    path = resolve(workdir) / FOLDER / "best.json"
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a workdir in which --mode=sweep finished")
     try:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ig_jax import console
+from ig_jax.errors import InputError
+from ig_jax.paths import check_writable, resolve
 
 SHAPE = (32, 32, 4)
 _NUM_CLASSES = 1000
@@ -178,6 +180,9 @@ def main() -> None:
     parser.add_argument("--num_workers", type=int, default=0, help="0: threads of one process")
     parser.add_argument("--directory", help="where to write the sets, one at a time")
     flags = parser.parse_args()
+    if flags.directory:
+        check_writable(flags.directory, "--directory")
+        flags.directory = os.fspath(resolve(flags.directory))
     results = run(**vars(flags))
     console.print_table(
         f"{flags.num_examples:,} latents of {'×'.join(map(str, SHAPE))}, batches of "
@@ -189,4 +194,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     console.quiet_libraries()
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"ig_jax: {error}")

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax.errors import InputError
+from ig_jax.paths import resolve
 
 _BLOCK = 1 << 24
 
@@ -41,7 +42,7 @@ def write_atomically(
     Raises:
         InputError: one line, if `path` cannot be written (no folder, no permission, a full disk).
     """
-    path = epath.Path(path)
+    path = resolve(path)
     partial = path.with_name(path.name + suffix)
     try:
         yield partial
@@ -86,7 +87,7 @@ def file_digest(path: os.PathLike | str) -> str:
     Raises:
         InputError: if there is no such file.
     """
-    file = epath.Path(path)
+    file = resolve(path)
     if file.is_dir() or not file.exists():
         raise InputError(
             f"{path}: found {'a folder' if file.is_dir() else 'no such file'}, expected a file"

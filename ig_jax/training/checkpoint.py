@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ from orbax.checkpoint import checkpoint_managers
 from ig_jax import config as config_lib
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
+from ig_jax.paths import resolve
 from ig_jax.training.state import TrainState
 
+FOLDER = "checkpoints"
 ITEMS = ("params", "ema", "optimizer", "config", "data", "source")
 # What scores were called before they had names: a validation loss or a FID, who knows.
 _UNNAMED = "score"
@@ -96,7 +99,7 @@ class Checkpoints:
         max_to_keep: int = 3,
         read_only: bool = False,
     ):
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = find_workdir(workdir) / FOLDER
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(max_to_keep), _KeepBest()]
         )
@@ -197,6 +200,42 @@ class Checkpoints:
         self._manager.close()
 
 
+def find_workdir(path: epath.PathLike) -> epath.Path:
+    """The workdir that a path means: the path, or its parent if it is a workdir's `checkpoints`.
+
+    Args:
+        path: as typed; it need not exist.
+
+    Raises:
+        InputError: it is one checkpoint; the line says how to name its workdir and step.
+    """
+    path = resolve(path)
+    if (path / FOLDER).exists():
+        return path
+    if path.parent.name == FOLDER and path.name.isdigit() and path.exists():
+        workdir = path.parent.parent
+        raise InputError(
+            f"{path} is one checkpoint of a workdir: expected the workdir, as in "
+            f"--workdir={workdir} --step={path.name}"
+        )
+    return path.parent if path.name == FOLDER and _steps(path) else path
+
+
+def parse_step(text: str) -> int | str:
+    """The value of a `--step` flag: "last", "best" or a number; raises `InputError`."""
+    if text in ("last", "best"):
+        return text
+    if not re.fullmatch("[0-9]+", text):
+        raise InputError(f"--step is {text!r}: expected last, best, or the number of a step")
+    return int(text)
+
+
+def find_step(workdir: epath.PathLike, which: int | str = "last") -> int:
+    """As `Checkpoints.step`, without Orbax, whose managers start JAX's devices."""
+    directory = find_workdir(workdir) / FOLDER
+    return _find_step(directory, _steps(directory), which)
+
+
 def saved_config(workdir: str, which: int | str = "last") -> ConfigDict:
     """The config of a workdir's checkpoint; raises `InputError` as `Checkpoints.step` does."""
     return config_lib.from_json(_saved_json(workdir, which, "config"), f"the config of {workdir}")
@@ -214,10 +253,13 @@ def _saved_json(workdir: str, which: int | str, item: str) -> dict[str, Any]:
     An Orbax manager would start JAX's devices, which must wait until the processes of a run have
     found each other.
     """
-    directory = epath.Path(workdir) / "checkpoints"
-    names = [p.name for p in directory.iterdir()] if directory.exists() else []
-    step = _find_step(directory, sorted(int(name) for name in names if name.isdigit()), which)
+    directory, step = find_workdir(workdir) / FOLDER, find_step(workdir, which)
     return json.loads((directory / str(step) / item / "metadata").read_text())
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    names = [p.name for p in directory.iterdir()] if directory.exists() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _find_step(directory: epath.Path, steps: Sequence[int], which: int | str) -> int:

@@ -32,6 +32,7 @@ from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
 from ig_jax.parallel.processes import is_primary
+from ig_jax.paths import resolve
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import sharding
@@ -227,7 +228,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, workdir: str):
         self.config = config
-        self.workdir = epath.Path(workdir)
+        self.workdir = resolve(workdir)
         config_lib.check_training(config)
         self.experiment = Experiment.from_config(config)
         self.source = self.experiment.open_data()

@@ -82,7 +82,10 @@ def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
         (["--workdir={tmp}/run", "--to_pytorch={tmp}/a.safetensors"], "no checkpoint in"),
         (["--workdir={tmp}/run", "--to_pytorch=a", "--heads=4"], "leave it out with --to_pytorch"),
         (["--workdir={tmp}/run", "--to_pytorch=a.pt"], "'a.pt': expected a .safetensors file"),
-        (["--workdir={tmp}/run", "--to_pytorch=a", "--step=x"], "--step: invalid"),
+        (
+            ["--workdir={tmp}/run", "--to_pytorch=a.safetensors", "--step=x"],
+            "--step is 'x': expected",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(source, tmp_path, capsys, arguments, message):
