@@ -1,4 +1,4 @@
-"""The one exception type that users meet.
+"""The exceptions that users meet: `InputError`, and a kind of it for numbers that ran away.
 
 Everything a person can get wrong (a field, a file, a shape) is raised as `InputError` with one line
 that says what was found and what was expected; `ig_jax.main` prints that line without a traceback.
@@ -7,6 +7,10 @@ that says what was found and what was expected; `ig_jax.main` prints that line w
 
 class InputError(ValueError):
     """Bad input: a config field, flag, file or array that is not what it should be."""
+
+
+class NotFiniteError(InputError):
+    """NaN or infinite values where a network or a sampler should have given numbers."""
 
 
 def suggest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:

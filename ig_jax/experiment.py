@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -23,6 +24,7 @@ from ig_jax.errors import InputError
 from ig_jax.models import autoencoder, dit, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
+from ig_jax.models.pixels import Pixels, to_uint8
 from ig_jax.paths import check_writable
 from ig_jax.training import sharding
 from ig_jax.training.checkpoint import saved_config, saved_source
@@ -187,19 +189,32 @@ def load_autoencoder(config: ConfigDict) -> Autoencoder:
     return autoencoder_from_pytorch(data.autoencoder_path, dtype=dtype, preset=preset)
 
 
-def make_to_images(
-    experiment: Experiment, source: DataSource
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns the function from model space (N, H, W, C) to pictures, (N, H', W', C') uint8."""
+class ToImages(Protocol):
+    """Turns samples in model space into pictures."""
+
+    def __call__(
+        self, x: np.ndarray, indices: np.ndarray | None = None, where: str = ""
+    ) -> np.ndarray:
+        """Maps (N, H, W, C) floats to (N, H', W', C') uint8.
+
+        Raises `NotFiniteError` for samples that are not finite, which the line names by their
+        `indices` (N,) and `where` they come from, as `models.pixels.Pixels.checked` does.
+        """
+        ...
+
+
+def make_to_images(experiment: Experiment, source: DataSource) -> ToImages:
+    """Returns the function from model space to pictures: to pixels, or through the decoder."""
     if source.autoencoder is None:
+        to_pixels: Callable[[np.ndarray], Pixels] = to_uint8
+    else:
+        to_pixels = autoencoder.make_decoder(load_autoencoder(experiment.config), uint8=True)
 
-        def pixels(x: np.ndarray) -> np.ndarray:
-            x = np.asarray(x) * source.scale + source.shift
-            return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
+    def to_images(x: np.ndarray, indices: np.ndarray | None = None, where: str = "") -> np.ndarray:
+        found = to_pixels(np.asarray(x) * source.scale + source.shift)
+        return found.checked(indices, where)
 
-        return pixels
-    decode = autoencoder.make_decoder(load_autoencoder(experiment.config), uint8=True)
-    return lambda x: np.asarray(decode(np.asarray(x) * source.scale + source.shift))
+    return to_images
 
 
 def run_prepare(config: ConfigDict, workdir: str | None) -> str:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import checkify
 
 from ig_jax import checks
 from ig_jax.diffusion import interpolant
@@ -22,9 +23,10 @@ from ig_jax.diffusion import sampler as samplers
 from ig_jax.diffusion.guidance import Guidance, GuidedVelocity, Interval
 from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
-from ig_jax.models.autoencoder import Autoencoder, check_latents, to_uint8
+from ig_jax.models.autoencoder import Autoencoder, check_latents
 from ig_jax.models.dit import DiT, Network
 from ig_jax.models.functional import Params
+from ig_jax.models.pixels import Pixels, to_uint8
 
 # family → sampler, its number of steps and its time shift: as the authors sample.
 RECIPES: dict[str, tuple[str, int, float]] = {
@@ -71,6 +73,9 @@ class Decoder:
     def __call__(self, x: jax.Array) -> jax.Array:
         """Decodes a few pictures at a time, so that any batch fits into memory.
 
+        Inside `jit` nothing can be raised: there a sample that is not finite fails under
+        `jax.experimental.checkify.checkify` only, and else its pixels mean nothing.
+
         Args:
             x: (B, h, w, C) float32 samples in model space.
 
@@ -78,21 +83,28 @@ class Decoder:
             (B, H, W, 3) uint8; of a model of pixels (B, h, w, C) uint8.
 
         Raises:
-            InputError: if the channels of `x` are not the autoencoder's.
+            InputError: if the channels of `x` are not the autoencoder's, or samples are not finite.
         """
         latents = jnp.asarray(x) * self.scale + self.shift
         if self.autoencoder is None:
-            return jnp.clip(jnp.round((latents + 1) * 127.5), 0, 255).astype(jnp.uint8)
-        check_latents(self.autoencoder.spec, latents.shape)
-        return _decode(*functional.split(self.autoencoder), latents)
+            pixels = to_uint8(latents)
+        else:
+            check_latents(self.autoencoder.spec, latents.shape)
+            pixels = _decode(*functional.split(self.autoencoder), latents)
+        if not _traced(pixels.finite):
+            return pixels.checked()
+        checkify.debug_check(pixels.finite.all(), "pictures are not finite")
+        return pixels.values
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> jax.Array:
+def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> Pixels:
     autoencoder = functional.merge(graphdef, params)
-    return jax.lax.map(
-        lambda z: to_uint8(autoencoder.decode(z[None])[0]), latents, batch_size=_DECODED_AT_ONCE
-    )
+
+    def one(z: jax.Array) -> Pixels:
+        return jax.tree.map(lambda part: part[0], to_uint8(autoencoder.decode(z[None])))
+
+    return jax.lax.map(one, latents, batch_size=_DECODED_AT_ONCE)
 
 
 @overload

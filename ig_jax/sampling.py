@@ -26,7 +26,7 @@ from ig_jax.diffusion import interpolant, sampler
 from ig_jax.diffusion.guidance import Guidance, GuidedVelocity
 from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol
-from ig_jax.experiment import Experiment, make_to_images
+from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
@@ -321,11 +321,12 @@ def draw_into(
     guidance: Guidance,
     seed: int,
     labels: np.ndarray,
-    to_images: Callable[[np.ndarray], np.ndarray],
+    to_images: ToImages,
 ) -> int:
     """Fills a folder with the samples that are not there yet; returns how many were drawn.
 
-    Only whole batches are skipped, and all processes skip the same ones.
+    Only whole batches are skipped, and all processes skip the same ones. Raises `NotFiniteError`
+    for samples that are no numbers.
     """
     count = len(labels)
     todo = np.ones(count, bool)
@@ -335,13 +336,14 @@ def draw_into(
 
         todo = np.asarray(multihost_utils.broadcast_one_to_all(todo))
     missing = np.flatnonzero(todo)
+    where = f" at {protocol.describe_guidance(protocol.guidance_record(guidance))}"
     with (
         console.progress_bar(count, "sampling", count - len(missing)) as advance,
         concurrent.futures.ThreadPoolExecutor(4) as writers,
     ):
         for positions, x in drawer.batches(params, guidance, seed, missing, labels[missing]):
-            images = to_images(x)
             indices = missing[positions]
+            images = to_images(x, indices, where)
             list(writers.map(folder.write, indices.tolist(), images))
             advance(len(positions) * jax.process_count())
     return len(missing)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import checkify
 
 import ig_jax
 from ig_jax import config as config_lib
@@ -17,7 +18,8 @@ from ig_jax import library, sampling
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
-from ig_jax.models.autoencoder import AutoencoderSpec, to_uint8
+from ig_jax.models.autoencoder import AutoencoderSpec
+from ig_jax.models.pixels import to_uint8
 from ig_jax.training import sharding
 from tests.common import relative_error
 from tests.release import random_weights, release_shapes
@@ -189,11 +191,23 @@ def test_decoder_undoes_the_normalisation():
     shift, scale = np.arange(4) / 10, np.full(4, 0.5)
     found = ig_jax.Decoder(Doubling(), shift, scale)(x)
     assert found.shape == (5, 8, 8, 3)
-    np.testing.assert_array_equal(found[:, ::2, ::2], to_uint8((x * scale + shift)[..., :3]))
+    np.testing.assert_array_equal(found[:, ::2, ::2], to_uint8((x * scale + shift)[..., :3]).values)
     pixels = ig_jax.Decoder()(jnp.array([-2.0, -1.0, 0.0, 1.0, 2.0]).reshape(5, 1, 1, 1))
     assert pixels.ravel().tolist() == [0, 0, 128, 255, 255]
     with pytest.raises(InputError, match=r"latents to decode: found shape \(5, 4, 4, 3\)"):
         ig_jax.Decoder(Doubling())(x[..., :3])
+
+
+def test_decoder_refuses_what_is_not_finite():
+    x = np.zeros((3, 4, 4, 4), np.float32)
+    x[1, 0, 0, 0] = np.nan
+    for decoder in (ig_jax.Decoder(), ig_jax.Decoder(Doubling())):
+        with pytest.raises(InputError, match=r"1 of 3 pictures are not finite \(1\)"):
+            decoder(x)
+        # Inside `jit` JAX's own way to raise is to be asked for.
+        error, pictures = jax.jit(checkify.checkify(decoder))(x)
+        assert pictures.dtype == np.uint8 and "not finite" in error.get()
+        assert jax.jit(decoder)(x).dtype == np.uint8
 
 
 @pytest.mark.parametrize(

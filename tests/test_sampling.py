@@ -109,6 +109,24 @@ def test_sample_mode_writes_pictures_and_npz(tmp_path):
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
+def test_samples_that_are_not_finite_are_no_pictures(tmp_path, caplog, monkeypatch):
+    """In the grids of training, which goes on, and in the sampling mode, which ends."""
+
+    def diverged(self, params, guidance, seed, indices, labels):
+        x = np.zeros((len(indices), *self.shape), np.float32)
+        x[3, 2, 1] = np.nan
+        yield np.arange(len(indices)), x
+
+    monkeypatch.setattr(sampling.Drawer, "batches", diverged)
+    config = tiny_config(num_steps=1, sample_every=1, validate_every=0)
+    loop.train(config, str(tmp_path))
+    assert "no sample grid: 1 of 16 pictures at step 1 are not finite (3)" in caplog.text
+    config.guidance.ig_scale = 1.7
+    with pytest.raises(InputError, match=r"1 of 16 pictures at IG 1.7 are not finite \(3\)"):
+        sampling.run(config, str(tmp_path))
+    assert not [path for path in (tmp_path / "samples").rglob("*") if path.is_file()]
+
+
 def test_autoguidance_uses_another_workdirs_network(tmp_path, setup):
     config = tiny_config(num_steps=2, validate_every=0)
     loop.train(config, str(tmp_path))

@@ -23,13 +23,13 @@ from ig_jax import console, pictures, sampling
 from ig_jax.convert import inception
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion.guidance import Guidance
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.evaluation import metrics, protocol, sets
 from ig_jax.evaluation.features import DigitsExtractor, FeatureExtractor, InceptionExtractor
 from ig_jax.evaluation.protocol import Result
 from ig_jax.evaluation.sets import SetFeatures
 from ig_jax.evaluation.statistics import ReferenceStatistics
-from ig_jax.experiment import Experiment, make_to_images
+from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
@@ -82,7 +82,7 @@ class Scorer:
         experiment: Experiment,
         source: DataSource | None,
         workdir: epath.PathLike | None = None,
-        to_images: sets.ToImages | None = None,
+        to_images: ToImages | None = None,
     ) -> Scorer:
         """Prepares what `config.evaluation` describes.
 
@@ -193,7 +193,7 @@ class Evaluator:
     source: DataSource
     scorer: Scorer
     drawer: sampling.Drawer
-    to_images: sets.ToImages
+    to_images: ToImages
 
     @classmethod
     def create(
@@ -232,18 +232,20 @@ class Evaluator:
         """Features of the samples with these indices and labels, (N,) each.
 
         Raises:
-            InputError: if the model's samples are not finite.
+            NotFiniteError: if the model's samples are not finite, on every process.
         """
+        where = f" at {protocol.describe_guidance(protocol.guidance_record(guidance))}"
         accumulator = sets.FeatureAccumulator(self.scorer.extractor)
         for positions, x in self.drawer.batches(params, guidance, seed, indices, labels):
-            if len(positions) == 0:
-                continue
-            if not np.all(np.isfinite(x)):
-                raise InputError(
-                    f"samples at {protocol.describe_guidance(protocol.guidance_record(guidance))} "
-                    "are not finite: expected a trained model and moderate guidance scales"
-                )
-            accumulator.add(positions, self.to_images(x))
+            problem = None
+            try:
+                if len(positions) > 0:
+                    accumulator.add(positions, self.to_images(x, indices[positions], where))
+            except NotFiniteError as error:
+                problem = error
+            # Agreed on, since a process that stopped alone would leave the others waiting.
+            if sets.anywhere(problem is not None):
+                raise problem or NotFiniteError(f"another process: pictures{where} are not finite")
             advance(len(positions) * jax.process_count())
         return accumulator.finish(len(indices))
 
@@ -408,14 +410,21 @@ class TrainingEvaluation:
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:8]
 
     def __call__(self, params: Params) -> dict[str, float]:
-        """Returns the scores of (EMA) parameters by name, "fid" among them, on every process."""
-        found = self._evaluator.sample_features(
-            params,
-            config_lib.guidance(self._config),
-            self._indices,
-            self._labels,
-            self._config.seed,
-        )
+        """Returns the scores of (EMA) parameters by name, "fid" among them, on every process.
+
+        There are none, but a warning, where samples are not finite: training may yet mend that.
+        """
+        try:
+            found = self._evaluator.sample_features(
+                params,
+                config_lib.guidance(self._config),
+                self._indices,
+                self._labels,
+                self._config.seed,
+            )
+        except NotFiniteError as error:
+            log.warning("no evaluation during training: %s", error)
+            return {}
         scores, notes = self._evaluator.scorer.score(found, self._labels)
         if notes and not self._noted:
             log.warning("evaluation during training: %s", "; ".join(notes))

@@ -20,6 +20,7 @@ from flax import nnx
 from ig_jax.convert import inception as convert
 from ig_jax.errors import InputError
 from ig_jax.models import functional, inception
+from ig_jax.models.pixels import to_uint8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,20 +61,6 @@ class FeatureExtractor(Protocol):
             InputError: if dtype or shape are not what the extractor reads.
         """
         ...
-
-
-def to_uint8(x: np.ndarray) -> np.ndarray:
-    """Turns model space [−1, 1] into images 0…255 by rounding `(x + 1)·127.5`, clipped.
-
-    Raises:
-        InputError: if values are not floating point or not finite.
-    """
-    x = np.asarray(x)
-    if not np.issubdtype(x.dtype, np.floating):
-        raise InputError(f"images: dtype {x.dtype}, expected floats in [-1, 1] to turn into uint8")
-    if not np.all(np.isfinite(x)):
-        raise InputError("images: NaN or infinite values, expected floats in [-1, 1]")
-    return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
 class InceptionExtractor:
@@ -186,7 +173,7 @@ def digits_images() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    images = to_uint8(digits.images[..., None].astype(np.float32) / 8 - 1)
+    images = to_uint8(digits.images[..., None].astype(np.float32) / 8 - 1).checked()
     return images, digits.target.astype(np.int32)
 
 
@@ -212,7 +199,7 @@ def _check_images(images: np.ndarray, shape: tuple[int | None, ...], name: str) 
         found = getattr(images, "dtype", type(images).__name__)
         raise InputError(
             f"images: dtype {found}, expected uint8 with values 0…255 for {name} "
-            "(features.to_uint8 converts from [-1, 1])"
+            "(models.pixels.to_uint8 converts from [-1, 1])"
         )
     sizes = images.shape[1:]
     fits = len(sizes) == len(shape) and len(images) > 0

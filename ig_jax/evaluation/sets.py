@@ -32,6 +32,7 @@ from ig_jax.evaluation.statistics import (
     ReferenceStatistics,
     RunningStatistics,
 )
+from ig_jax.experiment import ToImages
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
 
@@ -42,8 +43,6 @@ REFERENCE_FEATURES = 10_000
 _DIGEST_BYTES = 16
 
 log = logging.getLogger("ig_jax")
-
-ToImages = Callable[[np.ndarray], np.ndarray]
 
 
 class ImageSet(Protocol):
@@ -248,7 +247,7 @@ class FeatureAccumulator:
         kept = np.arange(count) if self._kept is None else self._kept
         places = np.searchsorted(kept, positions[np.isin(positions, kept)])
         probabilities = None
-        if self._wants_probabilities and _anywhere(bool(self._probabilities)):
+        if self._wants_probabilities and anywhere(bool(self._probabilities)):
             rows = self._probabilities or [np.zeros((0, 0), np.float32)]
             probabilities = in_order(np.concatenate(rows), positions, count)
         digests = in_order(np.concatenate(self._digests), positions, count)
@@ -285,7 +284,7 @@ def _gathered(array: np.ndarray) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array))
 
 
-def _anywhere(flag: bool) -> bool:
+def anywhere(flag: bool) -> bool:
     """Whether the flag is set on any process."""
     return bool(_gathered(np.asarray(flag, np.int32)).any())
 
@@ -382,7 +381,8 @@ class DataImages:
         if "mean" not in batch and batch["x"].dtype == np.uint8:
             return batch["x"]
         x = np.asarray(batch.get("mean", batch.get("x")), np.float32)
-        return self._to_images((x - self._source.shift) / self._source.scale)
+        in_model_space = (x - self._source.shift) / self._source.scale
+        return self._to_images(in_model_space, None, f" of the {self.name}")
 
 
 def open_reference(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ig_jax.errors import InputError
 from ig_jax.models import functional
+from ig_jax.models.pixels import Pixels, from_uint8, to_uint8
 
 EPSILON = 1e-6  # of every group norm (LDM and diffusers agree)
 
@@ -402,16 +403,6 @@ def abstract(spec: AutoencoderSpec, dtype: Any = jnp.float32) -> Autoencoder:
     return nnx.eval_shape(lambda: Autoencoder(spec, dtype=dtype, rngs=nnx.Rngs(0)))
 
 
-def from_uint8(images: jax.Array) -> jax.Array:
-    """Maps pixels 0…255 to float32 in [−1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Maps [−1, 1] to pixels as ADM does: 127.5·x + 128, clipped to 0…255, fraction dropped."""
-    return jnp.clip(127.5 * images + 128.0, 0.0, 255.0).astype(jnp.uint8)
-
-
 def make_encoder(
     model: Autoencoder, mesh: Mesh | None = None, batch_size: int = 32
 ) -> Callable[[np.ndarray], Moments]:
@@ -442,25 +433,25 @@ def make_encoder(
 
 def make_decoder(
     model: Autoencoder, mesh: Mesh | None = None, batch_size: int = 32, uint8: bool = False
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[[np.ndarray], Any]:
     """Returns a compiled, data-parallel `latents -> images` of NumPy arrays.
 
     Args:
         model, mesh, batch_size: as for `make_encoder`.
-        uint8: return pixels by `to_uint8` instead of float32 in about [−1, 1].
+        uint8: return `Pixels` instead of float32 in about [−1, 1].
 
     Returns:
         A function of latents (N, h, w, latent_channels), N ≥ 1, with no shift or scale. It raises
         InputError on other shapes.
     """
 
-    def decode(module: Autoencoder, latents: jax.Array) -> jax.Array:
+    def decode(module: Autoencoder, latents: jax.Array) -> jax.Array | Pixels:
         images = module.decode(latents)
         return to_uint8(images) if uint8 else images
 
     run = _batched(model, decode, mesh, batch_size)
 
-    def decoder(latents: np.ndarray) -> np.ndarray:
+    def decoder(latents: np.ndarray) -> np.ndarray | Pixels:
         check_latents(model.spec, latents.shape)
         return run(latents)
 

@@ -27,7 +27,7 @@ from ig_jax import console, pictures, sampling
 from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import loss as loss_lib
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
@@ -300,7 +300,8 @@ class Trainer:
             if step % config.evaluation.every == 0:
                 scores = self.evaluation(params)
                 writer.write_scalars(step, {f"evaluation/{k}": v for k, v in scores.items()})
-                score = Score(self.evaluation.score_name, scores["fid"])
+                if scores:
+                    score = Score(self.evaluation.score_name, scores["fid"])
         return score
 
     @functools.cached_property
@@ -314,7 +315,11 @@ class Trainer:
         guidance = config_lib.guidance(self.config)
         x = self.drawer.draw(params, guidance, self.config.seed, indices, labels)
         if is_primary():
-            images = self.to_images(x)
+            try:
+                images = self.to_images(x, where=f" at step {step}")
+            except NotFiniteError as error:
+                log.warning("no sample grid: %s", error)
+                return
             names = [self.source.class_names[i] if self.spec_classes else "" for i in labels]
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             path = self.workdir / "samples" / f"step_{step:07d}.png"

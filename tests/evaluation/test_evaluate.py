@@ -162,10 +162,12 @@ class TestDirect:
         ]
         assert names[0] == names[1] == during.score_name != names[2]
 
-    def test_not_finite(self, experiment, source, params):
+    def test_not_finite(self, experiment, source, params, tmp_path):
         broken = {**params, "position": params["position"] * np.nan}
-        with pytest.raises(InputError, match="IG 0 are not finite"):
+        with pytest.raises(InputError, match="64 of 64 pictures at IG 0 are not finite"):
             evaluate.evaluate(experiment, broken, source)
+        # Training goes on: it may yet mend that.
+        assert evaluate.TrainingEvaluation(experiment, source, tmp_path)(broken) == {}
 
 
 class TestFiles:

@@ -17,6 +17,7 @@ from ig_jax.convert.inception import inception_params
 from ig_jax.errors import InputError
 from ig_jax.evaluation import features, metrics
 from ig_jax.evaluation.statistics import gaussian_statistics
+from ig_jax.models.pixels import to_uint8
 from tests.common import golden, nhwc, relative_error, seeded_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -140,7 +141,7 @@ class TestDigits:
         exact = noisy.reshape(len(noisy), -1) @ digits._weights[0] + digits._biases[0]
         real = gaussian_statistics(digits(images).pool)
         unquantised = metrics.frechet_distance(gaussian_statistics(np.maximum(exact, 0)), real)
-        rounded = digits(features.to_uint8(noisy * 2 - 1))
+        rounded = digits(to_uint8(noisy * 2 - 1).checked())
         quantised = metrics.frechet_distance(gaussian_statistics(rounded.pool), real)
         halves = metrics.frechet_distance(
             gaussian_statistics(digits(images[::2]).pool),
@@ -163,12 +164,3 @@ class TestDigits:
             digits(np.zeros((2, 8, 8, 1)))
         with pytest.raises(InputError, match=r"shape \(2, 16, 16, 1\), expected \(N, 8, 8, 1\)"):
             digits(np.zeros((2, 16, 16, 1), np.uint8))
-
-
-def test_to_uint8():
-    x = np.array([-1.5, -1, -1 + 1.4 / 127.5, 0.0, 1, 2], np.float32)
-    np.testing.assert_array_equal(features.to_uint8(x), [0, 0, 1, 128, 255, 255])
-    with pytest.raises(InputError, match="NaN"):
-        features.to_uint8(np.array([np.nan]))
-    with pytest.raises(InputError, match="dtype uint8, expected floats"):
-        features.to_uint8(np.zeros(3, np.uint8))
