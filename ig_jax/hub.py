@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ig_jax import console
-from ig_jax.convert import files
 from ig_jax.convert.autoencoder import autoencoder_from_pytorch
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.diffusion.guidance import Guidance
@@ -27,6 +26,7 @@ from ig_jax.library import Decoder
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import resolve
+from ig_jax.storage import weight_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +305,7 @@ def _resolves(endpoint: str) -> bool:
 
 
 def _is_weights(name: str, folder: str) -> bool:
-    return name.startswith(folder) and name.endswith(files.SUFFIXES)
+    return name.startswith(folder) and name.endswith(weight_files.SUFFIXES)
 
 
 def _only_weights(names: list[str], repository: str, folder: str) -> str:
@@ -351,7 +351,7 @@ def _check_spec(name: str, expected: DiTSpec, found: DiTSpec, file: str) -> None
 
 def _read_statistics(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation, (C,) float32 each."""
-    content = files.read_checkpoint(path)
+    content = weight_files.read_checkpoint(path)
     if not {"mean", "std"} <= set(content):
         raise InputError(f"{path}: found {', '.join(map(str, content))}, expected mean and std")
     mean, std = (np.asarray(content[k], np.float32).reshape(-1) for k in ("mean", "std"))

@@ -20,9 +20,9 @@ from huggingface_hub import constants
 
 import ig_jax
 from ig_jax import hub
-from ig_jax.convert import files
 from ig_jax.errors import InputError
 from ig_jax.models.autoencoder import AUTOENCODERS, AutoencoderSpec, PublishedAutoencoder
+from ig_jax.storage import weight_files
 from tests.common import golden, seeded_weights
 from tests.release import random_weights, release_shapes
 
@@ -112,7 +112,7 @@ def checkpoints(tmp_path_factory):
             "std": np.full((1, 4, 1, 1), 2, np.float32),
         },
     }.items():
-        files.write_safetensors(folder / f"{name}.safetensors", arrays)
+        weight_files.write_safetensors(folder / f"{name}.safetensors", arrays)
         contents[name] = (folder / f"{name}.safetensors").read_bytes()
     return contents
 

@@ -11,9 +11,9 @@ from sklearn.datasets import load_sample_images
 
 from ig_jax import config as config_lib
 from ig_jax import experiment, sampling
-from ig_jax.convert import files
 from ig_jax.data import digits
 from ig_jax.errors import InputError
+from ig_jax.storage import weight_files
 from ig_jax.training import loop
 from tests.common import golden, seeded_weights, tiny_config
 
@@ -47,7 +47,7 @@ def autoencoder(tmp_path_factory):
     """A small autoencoder with LDM's names, halving the resolution, 4 latent channels."""
     shapes = json.loads(str(golden("vae_ldm_small")["shapes_json"]))
     path = tmp_path_factory.mktemp("autoencoder") / "small.safetensors"
-    files.write_safetensors(path, seeded_weights(shapes))
+    weight_files.write_safetensors(path, seeded_weights(shapes))
     return path
 
 

@@ -16,11 +16,12 @@ console.quiet_libraries()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from ig_jax.config import DATA_SETS  # noqa: E402
-from ig_jax.convert import files, pytorch, workdir  # noqa: E402
+from ig_jax.convert import pytorch, workdir  # noqa: E402
 from ig_jax.errors import InputError  # noqa: E402
 from ig_jax.models import dit, functional, sizes  # noqa: E402
 from ig_jax.models.dit import DiT  # noqa: E402
 from ig_jax.paths import check_writable, resolve  # noqa: E402
+from ig_jax.storage import weight_files  # noqa: E402
 from ig_jax.training.checkpoint import parse_step  # noqa: E402
 
 EPILOG = """\
@@ -113,7 +114,7 @@ def _to_pytorch(args: argparse.Namespace) -> str:
         advance(text="writing")
         # With the rotary buffers, so that PyTorch's strict loading accepts the file.
         weights = pytorch.to_pytorch(model, rope_buffers=model.spec.rope)
-        files.write_safetensors(args.to_pytorch, weights)
+        weight_files.write_safetensors(args.to_pytorch, weights)
         advance()
     return f"{_describe(model)}: {args.to_pytorch}"
 

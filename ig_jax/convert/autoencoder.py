@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderSpec, abstract
+from ig_jax.storage import weight_files
 from ig_jax.storage.files import digest
 
 # How each segment of one of our parameter paths is called elsewhere.
@@ -88,8 +88,8 @@ def autoencoder_from_pytorch(
     """Loads a KL autoencoder from diffusers-named or LDM-named weights.
 
     Args:
-        source: a weight file (`files.SUFFIXES`), or its content: arrays by name, in PyTorch's
-            (out, in, height, width) order, wrapped as checkpoints do or bare. Weights of losses,
+        source: a file (`weight_files.SUFFIXES`), or its content: arrays by name, in PyTorch's (out,
+            in, height, width) order, wrapped as checkpoints do or bare. Weights of losses,
             discriminators, foundation models and averages are ignored. Without a preset, a missing
             1×1 convolution before or after the latents (`quant_conv`) means identity.
         dtype: what the module computes in, float32 or bfloat16; parameters stay float32.
@@ -106,7 +106,7 @@ def autoencoder_from_pytorch(
     if isinstance(source, Mapping):
         where, content = "autoencoder weights", source
     else:
-        where, content = str(source), files.read_checkpoint(source)
+        where, content = str(source), weight_files.read_checkpoint(source)
     weights = _select(content, where)
     names = _names(weights, where)
     spec = _infer_spec(weights, names, groups, where)
@@ -118,8 +118,8 @@ def autoencoder_from_pytorch(
     paths = traverse_util.flatten_dict(shapes)
     their_names = {path: _their_name(path, names, len(spec.multipliers)) for path in paths}
     expected = {their_names[path]: _their_shape(leaf.shape) for path, leaf in paths.items()}
-    files.match_keys(expected, weights, where)
-    files.check_finite(weights, where)
+    weight_files.match_keys(expected, weights, where)
+    weight_files.check_finite(weights, where)
     params = {path: jnp.asarray(_our_array(weights[their_names[path]])) for path in paths}
     return functional.merge(graphdef, traverse_util.unflatten_dict(params))
 
@@ -138,7 +138,7 @@ def fingerprint(params: Mapping[str, Any]) -> str:
 
 def _select(content: Mapping[str, Any], where: str) -> dict[str, np.ndarray]:
     """Returns the autoencoder's own weights; attention ones as matrices, however stored."""
-    weights = files.network_weights(content, _LANDMARKS, "an autoencoder", where)
+    weights = weight_files.network_weights(content, _LANDMARKS, "an autoencoder", where)
     ours = {name: array for name, array in weights.items() if name.startswith(_OURS)}
     for name, array in ours.items():
         if _ATTENTION_WEIGHT.search(name) and array.shape[2:] == (1, 1):

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 from flax import nnx
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError
 from ig_jax.models import functional
 from ig_jax.models.inception import Inception
 from ig_jax.paths import resolve
+from ig_jax.storage import weight_files
 from ig_jax.storage.files import file_digest
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -59,8 +59,8 @@ def inception_params(weights: Mapping[str, np.ndarray], where: str) -> functiona
         InputError: if weights are missing, unexpected, of another shape, or not finite.
     """
     weights = {n: w for n, w in weights.items() if not n.endswith("num_batches_tracked")}
-    files.match_keys(expected_shapes(), weights, where)
-    files.check_finite(weights, where)
+    weight_files.match_keys(expected_shapes(), weights, where)
+    weight_files.check_finite(weights, where)
     _, params = abstract_inception()
     for path, conv in _convolutions(params):
         conv["kernel"], conv["bias"] = _fold(weights, _torch_name(path))
@@ -97,7 +97,7 @@ def load_inception(
             f"{path}: SHA-256 starts with {digest[:8]}, expected {sha256_prefix}; "
             f"damaged or another file, download {URL}"
         )
-    return inception_params(files.read_weights(path), str(path)), digest
+    return inception_params(weight_files.read_weights(path), str(path)), digest
 
 
 def _convolutions(

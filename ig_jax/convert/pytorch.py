@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import functional, layers, sizes
 from ig_jax.models.dit import DiT, DiTSpec, abstract
 from ig_jax.models.functional import Params
+from ig_jax.storage import weight_files
 
 # Heads that only training needs: REPA's, onto the features of a pretrained encoder.
 _TRAINING_HEADS = ("projectors.",)
@@ -151,8 +151,8 @@ def from_pytorch(
     buffers = [name for name in ROPE_BUFFERS if name in weights]
     stored = {name: np.asarray(weights.pop(name), np.float32) for name in buffers}
     table = list(_weights(spec, shapes))
-    files.match_keys({weight.name: weight.shape for weight in table}, weights, where)
-    files.check_finite(weights, where)
+    weight_files.match_keys({weight.name: weight.shape for weight in table}, weights, where)
+    weight_files.check_finite(weights, where)
     model = functional.merge(graphdef, _fill(table, shapes, weights))
     # No parameters, so static and hashable; only `to_pytorch` reads them.
     model.rope_buffers = tuple((name, a.shape, a.tobytes()) for name, a in stored.items())
@@ -250,7 +250,7 @@ def add_auxiliary_head_params(params: Params, fresh: Params) -> Params:
     }
     expected, found = (traverse_util.flatten_dict(tree, sep=".") for tree in (fresh, extended))
     shapes = {name: leaf.shape for name, leaf in expected.items()}
-    files.match_keys(shapes, found, "the network to add an auxiliary head to")
+    weight_files.match_keys(shapes, found, "the network to add an auxiliary head to")
     return extended
 
 
@@ -259,8 +259,8 @@ def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.n
     if isinstance(source, Mapping):
         where, content = "weights", source
     else:
-        where, content = str(source), files.read_checkpoint(source)
-    weights = files.network_weights(content, _LANDMARKS, "a SiT, DiT or LightningDiT", where)
+        where, content = str(source), weight_files.read_checkpoint(source)
+    weights = weight_files.network_weights(content, _LANDMARKS, "a SiT, DiT or LightningDiT", where)
     unused = [name for name in weights if name.startswith(_TRAINING_HEADS)]
     if unused:
         head = unused[0].partition(".")[0]

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ig_jax.convert import files
 from ig_jax.data import images, shards
 from ig_jax.data.source import DataSource, Example, RandomAccess, hold_out
 from ig_jax.errors import InputError, suggest
 from ig_jax.models.autoencoder import AUTOENCODERS
+from ig_jax.storage import weight_files
 
 # Examples that per-channel statistics are computed from where a layout brings none; LightningDiT's
 # own code takes as many.
@@ -596,7 +596,7 @@ def _stored_statistics(path: str, channels: int) -> tuple[np.ndarray, np.ndarray
         file = os.path.join(path, f"latents_stats{suffix}")
         if not os.path.exists(file):
             continue
-        content = dict(np.load(file)) if suffix == ".npz" else files.read_checkpoint(file)
+        content = dict(np.load(file)) if suffix == ".npz" else weight_files.read_checkpoint(file)
         if not {"mean", "std"} <= set(content):
             raise InputError(f"{file}: found {', '.join(content)}, expected mean and std")
         mean, std = (np.asarray(content[name]).reshape(-1) for name in ("mean", "std"))

@@ -1,1 +1,1 @@
-"""Files that are written whole, and digests of what is in them."""
+"""Weights and checkpoints on disk: files written whole, weight files of every kind, digests."""

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ig_jax.convert import files
 from ig_jax.convert.autoencoder import autoencoder_from_pytorch, fingerprint
 from ig_jax.errors import InputError
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderSpec
+from ig_jax.storage import weight_files
 from tests.common import golden, nhwc, relative_error, seeded_weights
 
 GROUPS = {"vae_diffusers_small": 8, "vae_ldm_small": 32}
@@ -124,7 +124,7 @@ def test_files_with_other_weights(tmp_path: pathlib.Path, prefix: str, suffix: s
         tensors = {name: torch.tensor(array) for name, array in stored.items()}
         torch.save({"state_dict": tensors, "global_step": 3}, path)
     else:
-        files.write_safetensors(path, stored)
+        weight_files.write_safetensors(path, stored)
     _, read = functional.split(autoencoder_from_pytorch(path))
     _, expected = functional.split(autoencoder_from_pytorch(weights))
     assert fingerprint(read) == fingerprint(expected)
@@ -296,7 +296,7 @@ def test_bad_weights(change, message: str) -> None:
 
 def test_other_models_and_presets(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "sit.safetensors"
-    files.write_safetensors(path, {"x_embedder.proj.weight": np.ones((32, 4, 2, 2))})
+    weight_files.write_safetensors(path, {"x_embedder.proj.weight": np.ones((32, 4, 2, 2))})
     message = "sit.safetensors: found no weights of an autoencoder.*top-level keys: x_embedder.proj"
     with pytest.raises(InputError, match=message):
         autoencoder_from_pytorch(path)

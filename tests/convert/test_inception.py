@@ -8,9 +8,9 @@ import json
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.convert import inception as convert
 from ig_jax.errors import InputError
+from ig_jax.storage import weight_files
 from tests.common import golden, seeded_weights
 
 
@@ -48,7 +48,7 @@ def test_counters_are_ignored_and_the_bias_is_not_used(weights):
 
 def test_file_round_trip_and_hash(weights, tmp_path):
     path = tmp_path / "inception.safetensors"
-    files.write_safetensors(path, weights)
+    weight_files.write_safetensors(path, weights)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     params, found = convert.load_inception(path, sha256_prefix=digest[:8])
     assert found == digest

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.convert.__main__ import main
+from ig_jax.storage import weight_files
 from ig_jax.training.checkpoint import saved_config
 from tests.common import golden
 from tests.release import random_weights, release_shapes, rope_buffers
@@ -17,7 +17,7 @@ WEIGHTS = "lightningdit_params_qknorm_noshift"
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "weights.safetensors"
-    files.write_safetensors(path, golden(WEIGHTS) | rope_buffers(4, 8))
+    weight_files.write_safetensors(path, golden(WEIGHTS) | rope_buffers(4, 8))
     return path
 
 
@@ -33,9 +33,9 @@ def test_there_and_back(source, tmp_path, capsys):
 
     out = tmp_path / "out.safetensors"
     assert main([f"--workdir={workdir}", f"--to_pytorch={out}"]) == 0
-    actual = files.read_checkpoint(out)
+    actual = weight_files.read_checkpoint(out)
     # The rotary buffers are made anew: a workdir holds nothing but parameters.
-    assert set(actual) == set(files.read_checkpoint(source))
+    assert set(actual) == set(weight_files.read_checkpoint(source))
     for name, array in rope_buffers(4, 8).items():
         np.testing.assert_allclose(actual[name], array, atol=2e-6)
     for name, array in golden(WEIGHTS).items():
@@ -45,7 +45,7 @@ def test_there_and_back(source, tmp_path, capsys):
 def test_guessed_family_is_said(tmp_path, capsys):
     shape = dict(width=24, depth=3, heads=2, patch=2, channels=3, tokens=9, classes=5)
     weights = random_weights(release_shapes(**shape, auxiliary=False, learned_sigma=True))
-    files.write_safetensors(tmp_path / "a.safetensors", weights)
+    weight_files.write_safetensors(tmp_path / "a.safetensors", weights)
     source = str(tmp_path / "a.safetensors")
     assert main([source, f"--workdir={tmp_path}/run", "--heads=2"]) == 0
     said = capsys.readouterr()
@@ -61,7 +61,7 @@ def test_guessed_family_is_said(tmp_path, capsys):
 
 def test_what_is_left_out_is_said_in_one_line(tmp_path, capsys):
     weights = golden(WEIGHTS) | {"projectors.0.0.weight": np.ones((4, 32), np.float32)}
-    files.write_safetensors(tmp_path / "repa.safetensors", weights)
+    weight_files.write_safetensors(tmp_path / "repa.safetensors", weights)
     source = f"{tmp_path}/repa.safetensors"
     assert main([source, f"--workdir={tmp_path}/run", "--auxiliary_depth=2"]) == 0
     assert capsys.readouterr().err == (

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ig_jax.convert import files
 from ig_jax.convert.pytorch import (
     add_auxiliary_head,
     add_auxiliary_head_params,
@@ -27,6 +26,7 @@ from ig_jax.convert.pytorch import (
 )
 from ig_jax.errors import InputError
 from ig_jax.models import functional
+from ig_jax.storage import weight_files
 from tests.common import golden
 from tests.release import random_weights, release_shapes, rope_buffers
 
@@ -170,7 +170,7 @@ def test_torch_tensors_in_a_mapping(sit):
 
 def test_safetensors_both_ways(sit, tmp_path):
     path = tmp_path / "weights.safetensors"
-    files.write_safetensors(path, to_pytorch(from_pytorch(sit, **GIVEN)))
+    weight_files.write_safetensors(path, to_pytorch(from_pytorch(sit, **GIVEN)))
     model = from_pytorch(str(path), **GIVEN)
     assert {k: v.tobytes() for k, v in to_pytorch(model).items()} == {
         k: v.tobytes() for k, v in to_pytorch(from_pytorch(sit, **GIVEN)).items()
@@ -321,7 +321,7 @@ def test_unsafe_and_damaged_files_are_refused(sit, tmp_path, capsys):
         from_pytorch(tmp_path / "code.pt")
     assert "must not run" not in capsys.readouterr().out
     torch.save({name: torch.from_numpy(array) for name, array in sit.items()}, tmp_path / "a.pt")
-    files.write_safetensors(tmp_path / "a.safetensors", sit)
+    weight_files.write_safetensors(tmp_path / "a.safetensors", sit)
     for name in ("a.pt", "a.safetensors"):
         whole = (tmp_path / name).read_bytes()
         (tmp_path / f"cut_{name}").write_bytes(whole[: len(whole) // 2])

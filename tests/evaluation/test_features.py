@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.convert.inception import inception_params
 from ig_jax.errors import InputError
 from ig_jax.evaluation import features, metrics
 from ig_jax.evaluation.statistics import gaussian_statistics
 from ig_jax.models.pixels import to_uint8
+from ig_jax.storage import weight_files
 from tests.common import golden, nhwc, relative_error, seeded_weights
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -64,18 +64,18 @@ class TestInception:
         np.testing.assert_allclose(alone, together.pool, atol=1e-5)
 
     def test_eight_devices_equal_one(self, inception, weights, five_images, tmp_path):
-        files.write_safetensors(tmp_path / "weights.safetensors", weights)
+        weight_files.write_safetensors(tmp_path / "weights.safetensors", weights)
         np.savez(tmp_path / "images.npz", five_images)
         code = """
 import sys
 import jax, numpy as np
-from ig_jax.convert import files
+from ig_jax.storage import weight_files
 from ig_jax.convert.inception import inception_params
 from ig_jax.evaluation.features import InceptionExtractor
 folder = sys.argv[1]
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("data", "model"))
-params = inception_params(files.read_weights(f"{folder}/weights.safetensors"), "seeded")
+params = inception_params(weight_files.read_weights(f"{folder}/weights.safetensors"), "seeded")
 extractor = InceptionExtractor(params, "ab", batch_size=5, mesh=mesh)
 assert extractor.batch_size == 8
 found = extractor(np.load(f"{folder}/images.npz")["arr_0"])

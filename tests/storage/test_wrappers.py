@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError
+from ig_jax.storage import weight_files
 
 NETWORK = {name: np.full(2, i, np.float32) for i, name in enumerate(("a.weight", "b.bias", "c"))}
 LANDMARKS = tuple(NETWORK)
@@ -18,7 +18,7 @@ def prefixed(*prefixes: str, add: float = 0) -> dict[str, np.ndarray]:
 
 
 def found(content: dict) -> dict[str, np.ndarray]:
-    return files.network_weights(content, LANDMARKS, "a network", "x.pt")
+    return weight_files.network_weights(content, LANDMARKS, "a network", "x.pt")
 
 
 def assert_network(content: dict, add: float = 0) -> None:
@@ -44,7 +44,7 @@ def test_wrappers_between_and_names_like_them() -> None:
     assert_network(dict(zip(inside, NETWORK.values(), strict=True)))
     # Further inside, "model" is the network's own word.
     own = {f"a.{name}": array for name, array in prefixed("model.").items()}
-    assert list(files.network_weights(own, list(own), "a network", "x")) == list(own)
+    assert list(weight_files.network_weights(own, list(own), "a network", "x")) == list(own)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ig_jax.convert import pickles
 from ig_jax.errors import InputError, suggest
 from ig_jax.paths import resolve
+from ig_jax.storage import pickles
 from ig_jax.storage.files import write_atomically
 
 PYTORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")

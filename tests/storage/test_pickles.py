@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError
+from ig_jax.storage import weight_files
 
 pytestmark = pytest.mark.torch
 
@@ -29,7 +29,7 @@ def save(path: pathlib.Path, make: Callable[[Any], dict], **options: Any) -> Non
 def refusal(path: pathlib.Path) -> str:
     """The one line that refuses a file."""
     with pytest.raises(InputError) as error:
-        files.read_checkpoint(path)
+        weight_files.read_checkpoint(path)
     assert "\n" not in str(error.value) and str(error.value).startswith(f"{path}: ")
     return str(error.value)
 
@@ -64,7 +64,7 @@ def test_numpy_values_are_data(tmp_path: pathlib.Path, older: bool) -> None:
         data = path.read_bytes()
         assert b"numpy._core.multiarray" in data
         path.write_bytes(data.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
-    content = files.read_checkpoint(path)
+    content = weight_files.read_checkpoint(path)
     np.testing.assert_array_equal(content["ema"]["w"], [1, 1])
     read = content["metrics"]
     assert list(read) == list(NUMPY)
@@ -141,7 +141,9 @@ def test_advice_for_a_refused_pickle_works(tmp_path, monkeypatch, name: str, mak
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [flag, *arguments])
     exec(code, {})
-    weights = files.network_weights(files.read_checkpoint(arguments[1]), ("w",), "it", "it")
+    weights = weight_files.network_weights(
+        weight_files.read_checkpoint(arguments[1]), ("w",), "it", "it"
+    )
     np.testing.assert_array_equal(weights["w"], [1, 1])
 
 
@@ -150,4 +152,6 @@ def test_advice_works_in_a_shell(tmp_path: pathlib.Path) -> None:
     command = refusal(tmp_path / "it's.pt").partition(RECIPE)[2]
     command = command.replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(command, shell=True, cwd=tmp_path, check=True)
-    np.testing.assert_array_equal(files.read_weights(tmp_path / "it's_weights.pt")["w"], [1, 1])
+    np.testing.assert_array_equal(
+        weight_files.read_weights(tmp_path / "it's_weights.pt")["w"], [1, 1]
+    )

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from ig_jax.convert import files
 from ig_jax.errors import InputError
+from ig_jax.storage import weight_files
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -38,7 +38,7 @@ def checkpoint(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.torch
 def test_nested_checkpoint(checkpoint: pathlib.Path) -> None:
-    content = files.read_checkpoint(checkpoint)
+    content = weight_files.read_checkpoint(checkpoint)
     assert content["args"] == {"model": "SiT-XL/2", "encoder_depth": 8}
     assert content["steps"] == 400_000
     assert content["opt"]["param_groups"] == [{"lr": 1e-4}]
@@ -48,7 +48,7 @@ def test_nested_checkpoint(checkpoint: pathlib.Path) -> None:
 
 @pytest.mark.torch
 def test_arrays_of_nested_dicts_by_dotted_name(checkpoint: pathlib.Path) -> None:
-    weights = files.read_weights(checkpoint)
+    weights = weight_files.read_weights(checkpoint)
     assert set(weights) == {"model.block.weight", "ema.block.weight", "opt.state.0.step"}
 
 
@@ -63,7 +63,7 @@ def test_number_types(tmp_path: pathlib.Path, kind: str, suffix: str) -> None:
     path = tmp_path / f"weights{suffix}"
     save = torch.save if suffix == ".pt" else safetensors.torch.save_file
     save({"w": tensor, "scalar": torch.tensor(3)}, str(path))
-    read = files.read_weights(path)
+    read = weight_files.read_weights(path)
     expected = tensor.float().numpy() if kind.endswith("float16") else tensor.numpy()
     assert read["w"].dtype == expected.dtype
     np.testing.assert_array_equal(read["w"], expected)
@@ -76,14 +76,14 @@ def test_legacy_pickle_format(tmp_path: pathlib.Path) -> None:
 
     path = tmp_path / "old.pth"
     torch.save({"w": torch.arange(4.0)}, path, _use_new_zipfile_serialization=False)
-    np.testing.assert_array_equal(files.read_weights(path)["w"], np.arange(4.0))
+    np.testing.assert_array_equal(weight_files.read_weights(path)["w"], np.arange(4.0))
 
 
 def test_written_file_reads_back(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "weights.safetensors"
     transposed = np.arange(6, dtype=np.float32).reshape(2, 3).T
-    files.write_safetensors(path, {"w": transposed, "n": np.int64(3)}, {"source": "here"})
-    read = files.read_weights(path)
+    weight_files.write_safetensors(path, {"w": transposed, "n": np.int64(3)}, {"source": "here"})
+    read = weight_files.read_weights(path)
     np.testing.assert_array_equal(read["w"], transposed)
     assert read["n"] == 3
     assert [file.name for file in tmp_path.iterdir()] == ["weights.safetensors"]
@@ -91,9 +91,9 @@ def test_written_file_reads_back(tmp_path: pathlib.Path) -> None:
 
 def test_unwritable_file_leaves_nothing(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="missing/w.safetensors: cannot be written: No such file"):
-        files.write_safetensors(tmp_path / "missing/w.safetensors", {"w": np.ones(2)})
+        weight_files.write_safetensors(tmp_path / "missing/w.safetensors", {"w": np.ones(2)})
     with pytest.raises(InputError, match="found suffix '.npz', expected .safetensors"):
-        files.write_safetensors(tmp_path / "w.npz", {"w": np.ones(2)})
+        weight_files.write_safetensors(tmp_path / "w.npz", {"w": np.ones(2)})
     assert not list(tmp_path.iterdir())
 
 
@@ -105,7 +105,7 @@ def test_unwritable_file_leaves_nothing(tmp_path: pathlib.Path) -> None:
 def test_truncated_file_is_named(tmp_path: pathlib.Path, suffix: str, kept: float) -> None:
     path = tmp_path / f"cut{suffix}"
     if suffix == ".safetensors":
-        files.write_safetensors(path, {"w": np.ones(300, np.float32)})
+        weight_files.write_safetensors(path, {"w": np.ones(300, np.float32)})
     else:
         import torch
 
@@ -113,7 +113,7 @@ def test_truncated_file_is_named(tmp_path: pathlib.Path, suffix: str, kept: floa
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if 0 < kept < 1 else int(kept)])
     with pytest.raises(InputError, match="cut.*(damaged|truncated)") as error:
-        files.read_checkpoint(path)
+        weight_files.read_checkpoint(path)
     one_line(error)
 
 
@@ -137,7 +137,7 @@ def test_other_files(tmp_path: pathlib.Path, name: str, data: bytes | None, mess
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(InputError, match=message) as error:
-        files.read_checkpoint(path)
+        weight_files.read_checkpoint(path)
     assert one_line(error).startswith(str(path))
 
 
@@ -147,29 +147,29 @@ def test_directory_and_contents_without_weights(tmp_path: pathlib.Path) -> None:
 
     (tmp_path / "folder.pt").mkdir()
     with pytest.raises(InputError, match="found a directory"):
-        files.read_checkpoint(tmp_path / "folder.pt")
+        weight_files.read_checkpoint(tmp_path / "folder.pt")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     with pytest.raises(InputError, match="found a ndarray, expected a dict of weights"):
-        files.read_checkpoint(tmp_path / "tensor.pt")
+        weight_files.read_checkpoint(tmp_path / "tensor.pt")
     torch.save({"steps": 3}, tmp_path / "empty.pt")
     with pytest.raises(InputError, match="found no arrays, only steps"):
-        files.read_weights(tmp_path / "empty.pt")
+        weight_files.read_weights(tmp_path / "empty.pt")
 
 
 def test_no_pytorch(tmp_path: pathlib.Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     (checkpoint := tmp_path / "0400000.pt").write_bytes(b"")
     with pytest.raises(InputError, match=r'pip install "ig_jax\[convert\]"'):
-        files.read_checkpoint(checkpoint)
+        weight_files.read_checkpoint(checkpoint)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_check_finite_names_the_weight(value: float) -> None:
     good = {"a": np.ones(3), "n": np.arange(3)}
-    files.check_finite(good, "file.pt")
+    weight_files.check_finite(good, "file.pt")
     bad = good | {"b.weight": np.array([1.0, value, value])}
     with pytest.raises(InputError, match="file.pt: weight b.weight has 2 NaN or infinite of 3"):
-        files.check_finite(bad, "file.pt")
+        weight_files.check_finite(bad, "file.pt")
 
 
 @pytest.mark.parametrize(
@@ -187,8 +187,8 @@ def test_check_finite_names_the_weight(value: float) -> None:
 )
 def test_match_keys(change: dict, message: str) -> None:
     expected = {"blocks.0.weight": (2, 3), "bias": (2,), "scale": ()}
-    files.match_keys(expected, {k: np.zeros(s) for k, s in expected.items()}, "x.pt")
+    weight_files.match_keys(expected, {k: np.zeros(s) for k, s in expected.items()}, "x.pt")
     shapes = {k: s for k, s in (expected | change).items() if s is not None}
     with pytest.raises(InputError, match="^x.pt: .*" + message) as error:
-        files.match_keys(expected, {k: np.zeros(s) for k, s in shapes.items()}, "x.pt")
+        weight_files.match_keys(expected, {k: np.zeros(s) for k, s in shapes.items()}, "x.pt")
     one_line(error)
