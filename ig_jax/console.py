@@ -5,8 +5,12 @@ Bars appear only on a terminal; elsewhere the same work reports through log line
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
+import importlib.metadata
+import importlib.util
+import io
 import logging
 import os
 import sys
@@ -27,7 +31,7 @@ def quiet_libraries() -> None:
         # An installed libtpu (ahead-of-time compilation) would ask a cloud's metadata server, and
         # complain at length that there is none.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+        if not _has_jax_plugin():
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
     # Orbax narrates every step through absl's logger, which CLU's metric writer shares; CLU's lines
@@ -41,16 +45,53 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+# What messages and tables use beyond ASCII, for an output that knows no more.
+_ASCII = {"–": "-", "−": "-", "…": "...", "×": "x", "·": "*", "±": "+-", "→": "->", "≥": ">="}
+
+
+def _substitute(error: UnicodeError) -> tuple[bytes, int]:
+    """Stands in for characters that an encoding lacks; bytes that were no text stay as they are."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = b""
+    for character in error.object[error.start : error.end]:
+        if "\udc80" <= character <= "\udcff":
+            found += bytes([ord(character) - 0xDC00])
+        else:
+            found += _ASCII.get(character, "?").encode("ascii")
+    return found, error.end
+
+
+def forgive_output() -> None:
+    """Lets standard output and error carry any text: what they cannot say is substituted.
+
+    A terminal or pipe may know ASCII only, and names on disk need not be text.
+    """
+    codecs.register_error("ig_jax.substitute", _substitute)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ig_jax.substitute")
+
+
 def _may_have_tpu() -> bool:
     """Whether a PCI device of Google's is present (a TPU, or a cloud machine's network card)."""
     vendors = glob.glob("/sys/bus/pci/devices/*/vendor")
     if not vendors:
         return sys.platform == "linux"
     for vendor in vendors:
-        with contextlib.suppress(OSError), open(vendor) as file:
+        with contextlib.suppress(OSError), open(vendor, encoding="utf-8") as file:
             if file.read().strip() == "0x1ae0":
                 return True
     return False
+
+
+def _has_jax_plugin() -> bool:
+    """Whether a plugin for GPUs or other accelerators is installed: JAX then looks for devices.
+
+    Which files stand for a device differs (NVIDIA's is /dev/nvidiactl, but /dev/dxg under WSL2).
+    """
+    entries = importlib.metadata.entry_points(group="jax_plugins")
+    return bool(entries) or importlib.util.find_spec("jax_plugins") is not None
 
 
 def is_terminal() -> bool:

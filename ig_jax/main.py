@@ -209,6 +209,7 @@ def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for bad input, named in one line)."""
+    console.forgive_output()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) == 1:
         print(START, end="")

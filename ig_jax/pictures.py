@@ -158,11 +158,23 @@ def save_image(path: epath.PathLike, image: Image.Image) -> None:
     resolve(path).write_bytes(buffer.getvalue())
 
 
-def save_figure(path: epath.PathLike, figure: Any) -> None:
-    """Writes a matplotlib figure as PNG and closes it."""
-    import matplotlib.pyplot as plt
+def make_figure(width: float, height: float) -> Any:
+    """Returns an empty matplotlib figure (sides in inches) that needs no screen.
 
+    matplotlib refuses to load where `MPLBACKEND` names what is not installed, as a notebook's
+    variable does in a shell started from it; nothing here draws with that backend.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(path: epath.PathLike, figure: Any) -> None:
+    """Writes a matplotlib figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
-    plt.close(figure)
     resolve(path).write_bytes(buffer.getvalue())

@@ -59,6 +59,12 @@ def test_heavy_packages_are_imported_inside_functions():
             assert name.split(".")[0] not in heavy and not name.startswith(heavy_clu), (path, name)
 
 
+def test_plots_need_no_screen():
+    """pyplot has a state, and loads whatever backend the environment names."""
+    pyplot = re.compile("pyplot|matplotlib.use")
+    assert not [path for path in PACKAGE.rglob("*.py") if pyplot.search(path.read_text())]
+
+
 def test_paths_are_made_in_one_place():
     """Every path from outside passes `ig_jax.paths.resolve`, which alone knows how."""
     makers = re.compile(r"\b(epath\.Path|pathlib\.\w*Path|expanduser|abspath)\(")

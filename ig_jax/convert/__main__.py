@@ -121,6 +121,7 @@ def _to_pytorch(args: argparse.Namespace) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (2 for bad input, named in one line)."""
+    console.forgive_output()
     try:
         args = _parser().parse_args(argv)
         _check(args)

@@ -506,8 +506,6 @@ _PANELS = (
 
 def plot(results: Sequence[Result]) -> Any:
     """A figure of every metric against the IG scale, a panel for each kind of unit."""
-    from matplotlib.figure import Figure
-
     results = sorted(results, key=lambda result: result.protocol["ig_scale"])
     record = results[0].protocol
     scales = [result.protocol["ig_scale"] for result in results]
@@ -516,7 +514,7 @@ def plot(results: Sequence[Result]) -> Any:
         for names, label in _PANELS
     ]
     panels = [(names, label) for names, label in panels if names]
-    figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
+    figure = pictures.make_figure(4.6 * len(panels), 3.6)
     every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (names, label) in zip(every_axes, panels, strict=True):
         for name, marker in zip(names, "os^", strict=False):

@@ -477,7 +477,7 @@ def load_best(workdir: epath.PathLike) -> Guidance:
     if not path.exists():
         raise InputError(f"{path}: no such file; expected a workdir in which --mode=sweep finished")
     try:
-        fields = json.loads(path.read_text())["guidance"]
+        fields = json.loads(path.read_text(encoding="utf-8"))["guidance"]
         return Guidance(
             float(fields["ig_scale"]),
             tuple(map(float, fields["ig_interval"])),
@@ -568,8 +568,6 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
     All values are of the first round, where all settings have the same samples; markers grow with
     the rounds that a setting went on to. A star marks the winner.
     """
-    from matplotlib.figure import Figure
-
     record, first = confirmed.protocol, entries[0].samples[0]
     varied = "cfg" if len({entry.guidance.ig_scale for entry in entries}) == 1 else "ig"
     scale_label = f"{varied.upper()} scale (1: none)"
@@ -587,7 +585,7 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
         better = "higher" if DIRECTIONS[name] > 0 else "lower"
         return f"{evaluate.metric_title(name, record)} ({better} is better)"
 
-    figure = Figure(figsize=(5.4 * len(panels), 4.4), layout="constrained")
+    figure = pictures.make_figure(5.4 * len(panels), 4.4)
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for title, line in _lines(entries, varied).items():
             xy = [[point(entry, name) for entry in line] for name in names]

@@ -69,8 +69,15 @@ class _Run:
 
 
 def is_primary() -> bool:
-    """Returns whether this process writes logs and pictures: process 0, or the only one."""
-    return _Run.process_id == 0
+    """Returns whether this process writes logs and pictures: process 0, or the only one.
+
+    JAX's number counts, as it does for Orbax and for gathered arrays: a program that uses the
+    library may have called `jax.distributed.initialize` itself.
+    """
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return True
+    return jax.process_index() == 0
 
 
 def initialize(
@@ -433,7 +440,7 @@ def _watch() -> None:
             lost = line.decode(errors="replace").strip() or watched[connection]
             for other in watched:
                 _send(other, f"{lost}\n".encode())
-            if is_primary() and len(watched) > 1:
+            if _Run.process_id == 0 and len(watched) > 1:
                 time.sleep(_NEWS_S)  # JAX aborts the others the moment its coordinator is gone.
             _end(lost)
 

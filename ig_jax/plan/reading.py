@@ -77,7 +77,7 @@ def write_npy(path: str, latents: Latents, count: int) -> None:
         moments = np.concatenate([np.moveaxis(mean, -1, 0), np.moveaxis(std, -1, 0)])
         np.save(os.path.join(path, name), moments)
         labels.append([name, label])
-    with open(os.path.join(path, "dataset.json"), "w") as file:
+    with open(os.path.join(path, "dataset.json"), "w", encoding="utf-8") as file:
         json.dump({"labels": labels}, file)
 
 
@@ -135,7 +135,10 @@ def peak_memory(num_workers: int) -> float:
     """Largest resident memory in bytes of this process, plus that of its ended workers."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    with contextlib.suppress(FileNotFoundError), open("/proc/self/status") as file:
+    with (
+        contextlib.suppress(FileNotFoundError),
+        open("/proc/self/status", encoding="utf-8") as file,
+    ):
         # getrusage counts what the parent had when it started this process.
         fields = dict(line.split(":", 1) for line in file)
         peak = int(fields["VmHWM"].split()[0]) * 1024
@@ -194,6 +197,7 @@ def main() -> None:
 
 if __name__ == "__main__":
     console.quiet_libraries()
+    console.forgive_output()
     try:
         main()
     except InputError as error:

@@ -223,6 +223,16 @@ def test_one_process_needs_nothing_and_imports_no_jax(launch):
     assert stdout.strip() == "False True", stderr
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_primary_is_jaxs_where_jax_was_started_elsewhere(monkeypatch, index):
+    import jax
+
+    assert processes.is_primary()
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    assert processes.is_primary() == (index == 0)
+
+
 # The layout.
 
 
