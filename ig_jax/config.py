@@ -65,7 +65,8 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
             ),
             data=dict(
                 name="latents",
-                # Prepared latents, a folder of class/image files, or TFDS' data directory.
+                # Prepared latents (to sample converted weights, their latents_stats.pt alone), a
+                # folder of class/image files, or TFDS' data directory.
                 path="",
                 tfds_name="",
                 image_size=256,
@@ -153,7 +154,7 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 inception_path="",
                 # ADM's reference .npz, a statistics file of ours, or empty for the data set.
                 reference="",
-                # An existing .npz or folder of PNGs to score instead of sampling.
+                # An .npz, a folder of PNGs or one of --mode=sample to score instead of sampling.
                 samples="",
                 num_samples=50_000,
                 # IG scales to score; empty: the guidance of the config.

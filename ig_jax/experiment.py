@@ -125,9 +125,11 @@ class Experiment:
         ):
             unconditional = field == "num_classes" and found == 0
             if found != expected and not unconditional:
+                has = f"has {expected}"
+                if expected == 0:
+                    has = "has no labels, expected 0 (an unconditional model)"
                 raise InputError(
-                    f"config.model.{field} is {found}: "
-                    f"the data set {self.config.data.name!r} has {expected}"
+                    f"config.model.{field} is {found}: the data set {self.config.data.name!r} {has}"
                 )
 
 
@@ -153,23 +155,35 @@ def open_source(config: ConfigDict, shape: tuple[int, int, int]) -> DataSource:
 
 
 def known_facts(config: ConfigDict, spec: dit.DiTSpec) -> DataSource | None:
-    """The facts of published latents, for checkpoints that were converted; None if unknown.
+    """The facts of latents that need not be there, for checkpoints that were converted.
 
-    SD-VAE's normalisation is one published number. VA-VAE's is per-channel statistics, which only
-    its latents (`config.data.path`) carry.
+    SD-VAE's normalisation is one published number. VA-VAE's is per-channel statistics, which
+    `config.data.path` names or holds.
+
+    Returns:
+        A source without examples, or None if the facts are unknown. Raises `InputError` for
+        statistics that are damaged or of other latents.
     """
-    published = AUTOENCODERS.get(config.data.autoencoder)
-    if config.data.name != "latents" or published is None or published.shift is None:
+    data = config.data
+    if data.name != "latents":
         return None
+    published = AUTOENCODERS.get(data.autoencoder)
+    if published is not None and published.shift is not None:
+        shift, scale = np.float32([published.shift]), np.float32([published.scale])
+    else:
+        found = latents.known_statistics(data.path, data.autoencoder, spec.channels)
+        if found is None:
+            return None
+        shift, scale = found
     return DataSource(
         train=None,
         validation=None,
         shape=(spec.input_size, spec.input_size, spec.channels),
         num_classes=spec.num_classes,
         class_names=latents.class_names(spec.num_classes),
-        shift=np.full(1, published.shift, np.float32),
-        scale=np.full(1, published.scale, np.float32),
-        autoencoder=config.data.autoencoder,
+        shift=shift,
+        scale=scale,
+        autoencoder=data.autoencoder,
     )
 
 

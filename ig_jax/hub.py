@@ -15,11 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ig_jax import console
 from ig_jax.convert.autoencoder import autoencoder_from_pytorch
 from ig_jax.convert.pytorch import from_pytorch
+from ig_jax.data.latents import read_statistics
 from ig_jax.diffusion.guidance import Guidance
 from ig_jax.errors import InputError, suggest
 from ig_jax.library import Decoder
@@ -228,7 +228,7 @@ def load_decoder(
         return Decoder(autoencoder, published.shift, published.scale)
     if statistics is None:
         statistics = fetch(published.repository, STATISTICS[name])
-    return Decoder(autoencoder, *_read_statistics(statistics, published.spec.latent_channels))
+    return Decoder(autoencoder, *read_statistics(statistics, published.spec.latent_channels))
 
 
 def fetch(repository: str, file: str) -> str:
@@ -347,17 +347,6 @@ def _check_spec(name: str, expected: DiTSpec, found: DiTSpec, file: str) -> None
         theirs, ours = getattr(found, field.name), getattr(expected, field.name)
         if theirs != ours and field.name not in _FREE_FIELDS:
             raise InputError(f"{file}: not {name}: found {field.name} {theirs}, expected {ours}")
-
-
-def _read_statistics(path: str | os.PathLike, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation, (C,) float32 each."""
-    content = weight_files.read_checkpoint(path)
-    if not {"mean", "std"} <= set(content):
-        raise InputError(f"{path}: found {', '.join(map(str, content))}, expected mean and std")
-    mean, std = (np.asarray(content[k], np.float32).reshape(-1) for k in ("mean", "std"))
-    if not len(mean) == len(std) == channels:
-        raise InputError(f"{path}: found statistics of {len(mean)} channels, expected {channels}")
-    return mean, std
 
 
 def _default_dtype() -> Any:

@@ -16,11 +16,13 @@ import math
 import os
 import re
 import threading
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ig_jax import pictures
 from ig_jax.data import images, shards
 from ig_jax.data.source import DataSource, Example, RandomAccess, hold_out
 from ig_jax.errors import InputError, suggest
@@ -30,6 +32,8 @@ from ig_jax.storage import weight_files
 # Examples that per-channel statistics are computed from where a layout brings none; LightningDiT's
 # own code takes as many.
 STATISTICS_EXAMPLES = 10_000
+# Files of per-channel statistics, the preferred first; LightningDiT's code writes the last.
+STATISTICS = ("latents_stats.safetensors", "latents_stats.npz", "latents_stats.pt")
 
 log = logging.getLogger("ig_jax")
 
@@ -53,7 +57,7 @@ def open_latents(
             this is taken to be true (default for 4 channels: "sd-vae-ft-ema").
         expected_shape: (H, W, C) that the model needs.
         num_classes: that the model has, for the layouts that do not record it (default: the
-            largest label plus one).
+            largest label plus one). Latents without labels have 0.
         num_validation: number of examples to hold out, the same for all layouts.
         skip_damaged: leave damaged shards out, with a warning that names them, instead of raising.
 
@@ -63,15 +67,16 @@ def open_latents(
 
     Raises:
         InputError: nothing there (says how to prepare it), latents of another autoencoder or size,
-            missing labels, damaged files (named).
+            no labels for `num_classes`, damaged files (named).
     """
     if not path:
         raise _no_data(path, "it is empty")
     path = shards.require_local(path)
     if not os.path.isdir(path):
-        raise _no_data(path, "there is no such directory")
+        alone = os.path.isfile(path)
+        raise _no_data(path, "it is a file" if alone else "there is no such directory")
     if any(os.path.exists(os.path.join(path, n)) for n in (shards.INDEX, shards.PLAN)):
-        opened = _open_shards(path, autoencoder, skip_damaged)
+        opened = _open_shards(path, num_classes, skip_damaged)
     elif folder := _npy_folder(path):
         opened = _open_npy(folder, autoencoder, num_classes)
     elif names := _safetensors_names(path):
@@ -87,7 +92,8 @@ def open_latents(
 
 def _no_data(path: str, found: str) -> InputError:
     return InputError(
-        f"config.data.path is {path!r}: {found}, expected prepared latents. Prepare them with "
+        f"config.data.path is {path!r}: {found}, expected prepared latents (to sample from "
+        f"converted weights, {STATISTICS[-1]} is enough). Prepare them with "
         "`python -m ig_jax.main --mode=prepare --config=configs/sit_xl_ig.py "
         "--config.data.images=/path/to/imagenet --config.data.path=/path/to/latents "
         "--config.data.autoencoder_path=/path/to/weights`, or train without any data: "
@@ -133,6 +139,73 @@ def _normalisation(
     return {"shift": np.asarray(mean, np.float32), "scale": np.asarray(std, np.float32)}
 
 
+def known_statistics(
+    path: str, autoencoder: str, channels: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Per-channel statistics of latents, which need not be there themselves.
+
+    Args:
+        path: a file `{"mean", "std"}`, or a folder with one (see `STATISTICS`) or with the index
+            of our shards.
+        autoencoder: whose latents they must be of, where that is recorded.
+        channels: of the latents.
+
+    Returns:
+        Mean and standard deviation, (C,) float32 each; None if `path` has none. Raises `InputError`
+        for a damaged file or one of other latents.
+    """
+    if not path:
+        return None
+    path = shards.require_local(path)
+    if os.path.exists(os.path.join(path, shards.INDEX)):
+        index = shards.read_index(path)
+        _check_fit(path, {**index, "shape": tuple(index["shape"])}, autoencoder, None)
+        return _checked_statistics(path, index["statistics"], channels)
+    places = [path, *(os.path.join(path, name) for name in STATISTICS)]
+    found = next(filter(os.path.isfile, places), None)
+    return None if found is None else read_statistics(found, channels)
+
+
+def read_statistics(file: os.PathLike | str, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reads per-channel statistics of latents.
+
+    Args:
+        file: `{"mean", "std"}` of C values each, in any shape: `.safetensors`, `.npz` or `.pt`.
+        channels: C.
+
+    Returns:
+        Mean and standard deviation, (C,) float32 each. Raises `InputError`.
+    """
+    if not os.fspath(file).endswith(".npz"):
+        return _checked_statistics(file, weight_files.read_checkpoint(file), channels)
+    try:
+        with np.load(file) as content:
+            return _checked_statistics(file, dict(content), channels)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: damaged, or not an .npz file ({error})") from error
+
+
+def _checked_statistics(
+    where: os.PathLike | str, content: Mapping[str, Any], channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if not {"mean", "std"} <= set(content):
+        raise InputError(f"{where}: found {', '.join(map(str, content))}, expected mean and std")
+    mean, std = (np.asarray(content[name], np.float32).reshape(-1) for name in ("mean", "std"))
+    if not len(mean) == len(std) == channels:
+        raise InputError(
+            f"{where}: found {len(mean)} values of mean and {len(std)} of std, expected one a "
+            f"channel, {channels}"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+        raise InputError(
+            f"{where}: found mean {mean.tolist()} and std {std.tolist()}, expected finite numbers "
+            "and std above 0"
+        )
+    return mean, std
+
+
 def _sampled_statistics(source: RandomAccess) -> tuple[np.ndarray, np.ndarray]:
     """Per-channel mean and std of the latents, from evenly spaced examples."""
     indices = np.unique(np.linspace(0, len(source) - 1, STATISTICS_EXAMPLES).astype(int))
@@ -160,6 +233,16 @@ def _classes(where: str, labels: np.ndarray, num_classes: int | None) -> dict[st
     if labels.min() < 0:
         raise InputError(f"{where}: found label {labels.min()}, expected labels from 0 on")
     return {"num_classes": count, "class_names": class_names(count)}
+
+
+def _unlabelled(found: str, num_classes: int | None) -> dict[str, Any]:
+    """Number and names of classes where there are no labels; refuses a model that needs some."""
+    if num_classes:
+        raise InputError(
+            f"{found}, so that these latents have no labels: config.model.num_classes is "
+            f"{num_classes}, expected 0 (an unconditional model), or labels"
+        )
+    return {"num_classes": 0, "class_names": ()}
 
 
 def class_names(num_classes: int) -> tuple[str, ...]:
@@ -253,17 +336,18 @@ def _channels_last(x: np.ndarray) -> np.ndarray:
 # Our shards.
 
 
-def _open_shards(path: str, autoencoder: str | None, skip_damaged: bool) -> Opened:
+def _open_shards(path: str, num_classes: int | None, skip_damaged: bool) -> Opened:
     index = shards.read_index(path)
     problems = shards.damaged_shards(path, index["shards"])
     _report_damage(path, problems, len(index["shards"]), skip_damaged, "run --mode=prepare again")
     whole = [shard for shard in index["shards"] if shard["file"] not in problems]
     names = tuple(index["class_names"])
+    unlabelled = f"{os.path.join(path, shards.INDEX)}: names no classes"
+    classes = {"num_classes": len(names), "class_names": names}
     statistics = index["statistics"]
     return shards.ShardSource(path, index, whole), {
         "shape": tuple(index["shape"]),
-        "num_classes": len(names),
-        "class_names": names,
+        **(classes if names else _unlabelled(unlabelled, num_classes)),
         "autoencoder": index["autoencoder"],
         **_normalisation(index["autoencoder"], statistics["mean"], statistics["std"]),
     }
@@ -354,21 +438,22 @@ def _parse_npy(data: bytes) -> np.ndarray:
 
 
 def _npy_folder(path: str) -> str | None:
-    """The directory with `dataset.json`, or with latents that miss it."""
-    for folder in (path, os.path.join(path, "vae-sd")):
-        if os.path.exists(os.path.join(folder, "dataset.json")):
+    """The directory with `dataset.json`, or with latents that have none."""
+    for folder in filter(os.path.isdir, (path, os.path.join(path, "vae-sd"))):
+        found, folders = pictures.list_folder(folder)
+        latents = any(name.endswith(".npy") for name in found)
+        if "dataset.json" in found or "00000" in folders or latents:
             return folder
-        if os.path.isdir(os.path.join(folder, "00000")):
-            raise InputError(
-                f"{folder}/dataset.json: no such file, expected the labels of the latents beside it"
-            )
     return None
 
 
 def _open_npy(folder: str, autoencoder: str | None, num_classes: int | None) -> Opened:
-    where = os.path.join(folder, "dataset.json")
-    names, labels = _npy_labels(where, _npy_names(folder))
-    source = NpySource(folder, names, labels)
+    # In the order of REPA's and EDM2's loaders.
+    names = sorted(name for name in pictures.walk_files(folder) if name.endswith(".npy"))
+    if not names:
+        raise InputError(f"{folder}: holds no .npy files, expected latents beside dataset.json")
+    labels, classes = _npy_classes(os.path.join(folder, "dataset.json"), names, num_classes)
+    source = NpySource(folder, np.array(list(map(os.fsencode, names))), labels)
     shape = source[0]["mean"].shape
     if autoencoder is None and shape[-1] == 4:
         autoencoder = "sd-vae-ft-ema"
@@ -378,24 +463,32 @@ def _open_npy(folder: str, autoencoder: str | None, num_classes: int | None) -> 
     return source, {
         "shape": shape,
         "autoencoder": autoencoder,
-        **_classes(where, labels, num_classes),
+        **classes,
         **_normalisation(autoencoder, mean, std),
     }
 
 
-def _npy_names(folder: str) -> list[str]:
-    """Relative paths of all `.npy` files, sorted: the order of REPA's and EDM2's loaders."""
-    names = []
-    for directory, _, found in os.walk(folder):
-        prefix = os.path.relpath(directory, folder)
-        prefix = "" if prefix == "." else prefix.replace(os.sep, "/") + "/"
-        names += [prefix + name for name in found if name.endswith(".npy")]
-    return sorted(names)
+def _npy_classes(
+    where: str, names: Sequence[str], num_classes: int | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The label of every file, and their classes; `dataset.json` may be missing or without any."""
+    content = shards.read_json(where)
+    unlabelled = f"{where}: no such file" if content is None else f"{where}: its labels are null"
+    entries = None if content is None else content.get("labels")
+    if entries is None or _all_null(entries):
+        return np.zeros(len(names), np.int32), _unlabelled(unlabelled, num_classes)
+    labels = _npy_labels(where, entries, names)
+    return labels, _classes(where, labels, num_classes)
 
 
-def _npy_labels(where: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """The label of every file, from `{"labels": [["00000/img….npy", 12], …]}`."""
-    entries = (shards.read_json(where) or {}).get("labels")
+def _all_null(entries: Any) -> bool:
+    """Whether entries name files, and a null as the label of each."""
+    pairs = entries and isinstance(entries, list) and all(isinstance(e, list) for e in entries)
+    return bool(pairs) and all(len(entry) == 2 and entry[1] is None for entry in entries)
+
+
+def _npy_labels(where: str, entries: Any, names: Sequence[str]) -> np.ndarray:
+    """The label of every file, from `[["00000/img….npy", 12], …]`."""
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{where}: found no labels, expected {_LABELS}")
     try:
@@ -417,10 +510,7 @@ def _npy_labels(where: str, names: Sequence[str]) -> tuple[np.ndarray, np.ndarra
             f"{where}: labels {len(missing)} files that are not there, such as {missing[0]}: "
             "expected all latents to be copied"
         )
-    return (
-        np.array([os.fsencode(name) for name in names]),
-        np.array([labels[name] for name in names], np.int32),
-    )
+    return np.array([labels[name] for name in names], np.int32)
 
 
 # LightningDiT: safetensors shards of samples, (N, C, H, W), and mirrored twins.
@@ -447,7 +537,7 @@ class SafetensorsSource:
         self, files: Sequence[str], headers: Sequence[Mapping[str, Any]], labels: np.ndarray
     ):
         self._files, self._headers, self._labels = list(files), list(headers), labels
-        self._ends = list(itertools.accumulate(header["labels"]["shape"][0] for header in headers))
+        self._ends = list(itertools.accumulate(header["latents"]["shape"][0] for header in headers))
         self.__setstate__({})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -499,7 +589,7 @@ def _safetensors_names(path: str) -> list[str]:
     """Shards in sorted order, as LightningDiT's loader has them."""
     return sorted(
         name
-        for name in os.listdir(path)
+        for name in pictures.list_folder(path)[0]
         if name.endswith(".safetensors") and not name.startswith("latents_stats")
     )
 
@@ -519,10 +609,10 @@ def _safetensors_header(file: str) -> dict[str, Any]:
     end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     if size < end:
         raise InputError(f"{file}: truncated, {size} of {end} bytes")
-    if not {"latents", "labels"} <= set(entries):
+    if "latents" not in entries:
         raise InputError(
-            f"{file}: found {', '.join(entries) or 'nothing'}, expected latents, labels and "
-            "perhaps latents_flip"
+            f"{file}: found {', '.join(entries) or 'nothing'}, expected latents, and perhaps "
+            "labels and latents_flip"
         )
     header = {
         name: {
@@ -553,6 +643,23 @@ def _read_labels(file: str, header: Mapping[str, Any]) -> np.ndarray:
     return np.frombuffer(data, dtype).astype(np.int32)
 
 
+def _safetensors_classes(
+    path: str, whole: Sequence[str], headers: Sequence[Mapping[str, Any]], num_classes: int | None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """The label of every latent, and their classes; all shards have labels, or none."""
+    without = [file for file, header in zip(whole, headers, strict=True) if "labels" not in header]
+    if not without:
+        labels = np.concatenate([_read_labels(*pair) for pair in zip(whole, headers, strict=True)])
+        return labels, _classes(path, labels, num_classes)
+    if len(without) < len(whole):
+        raise InputError(
+            f"{without[0]}: holds no labels, expected some as the other shards have "
+            f"({len(whole) - len(without)} of {len(whole)})"
+        )
+    count = sum(header["latents"]["shape"][0] for header in headers)
+    return np.zeros(count, np.int32), _unlabelled(f"{without[0]}: holds no labels", num_classes)
+
+
 def _open_safetensors(
     path: str,
     names: Sequence[str],
@@ -577,32 +684,14 @@ def _open_safetensors(
                     f"{file}: {name} has shape {header[name]['shape']}, expected the shape of "
                     f"{whole[0]}'s, {headers[0]['latents']['shape']}"
                 )
-    labels = np.concatenate([_read_labels(*pair) for pair in zip(whole, headers, strict=True)])
-    if not len(labels):
+    if not any(header["latents"]["shape"][0] for header in headers):
         raise InputError(f"{path}: the shards are empty, expected latents")
+    labels, classes = _safetensors_classes(path, whole, headers, num_classes)
     source = SafetensorsSource(whole, headers, labels)
-    mean, std = _stored_statistics(path, shape[-1]) or _sampled_statistics(source)
+    mean, std = known_statistics(path, autoencoder or "", shape[-1]) or _sampled_statistics(source)
     return source, {
         "shape": shape,
         "autoencoder": autoencoder,
-        **_classes(path, labels, num_classes),
+        **classes,
         **_normalisation(autoencoder, mean, std),
     }
-
-
-def _stored_statistics(path: str, channels: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Per-channel mean and std from `latents_stats`, a `.safetensors`, `.npz` or `.pt` file."""
-    for suffix in (".safetensors", ".npz", ".pt"):
-        file = os.path.join(path, f"latents_stats{suffix}")
-        if not os.path.exists(file):
-            continue
-        content = dict(np.load(file)) if suffix == ".npz" else weight_files.read_checkpoint(file)
-        if not {"mean", "std"} <= set(content):
-            raise InputError(f"{file}: found {', '.join(content)}, expected mean and std")
-        mean, std = (np.asarray(content[name]).reshape(-1) for name in ("mean", "std"))
-        if not len(mean) == len(std) == channels:
-            raise InputError(
-                f"{file}: found statistics of {len(mean)} channels, expected {channels}"
-            )
-        return mean, std
-    return None

@@ -8,7 +8,7 @@ import dataclasses
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax import console, sampling
+from ig_jax.data import shards
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
@@ -60,6 +61,7 @@ class Report:
     Attributes:
         devices: their number, kind and mesh in words.
         choices: the config fields that decide on memory, by name.
+        batch: the arrays of a global training batch in words, and whose they are.
         parameters: number of parameters.
         forward_flops: floating-point operations of one forward pass of one image.
         state_bytes: of "parameters", "EMA" and "optimiser".
@@ -71,6 +73,7 @@ class Report:
 
     devices: str
     choices: dict[str, Any]
+    batch: str
     parameters: int
     forward_flops: int
     state_bytes: dict[str, int]
@@ -91,6 +94,7 @@ class Report:
         lines = [
             self.devices,
             choices,
+            self.batch,
             f"{self.parameters / 1e6:.1f} M parameters; on each device: {state}",
             f"{giga:.1f} GFLOP an image forward, {3 * giga:.1f} GFLOP in training",
         ]
@@ -176,6 +180,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
             f"data {mesh['data']} × fsdp {mesh['fsdp']}"
         ),
         choices={name: _field(config, name) for name in _CHOICES},
+        batch=_describe(config, _batch(experiment)),
         parameters=dit.parameter_count(experiment.shapes),
         forward_flops=dit.forward_flops(experiment.spec),
         state_bytes={
@@ -226,18 +231,24 @@ def _shapes_only(experiment: Experiment) -> DataSource:
 
 
 def _batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of one global training batch."""
+    """Shapes of one global training batch; of latents, as `--mode=prepare` writes them."""
     config = experiment.config
     place = sharding.batch_sharding(experiment.mesh)
 
     def array(*shape: int, dtype: type = np.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.train.batch_size, *shape), dtype, sharding=place)
 
-    sampled = config.data.name == "latents" and config.data.autoencoder.startswith("sd-vae")
     pixels = np.uint8 if config.data.name in ("folder", "tfds") else np.float32
-    names = ("mean", "std") if sampled else ("x",)
+    names = shards.FIELDS if config.data.name == "latents" else ("x",)
     images = {name: array(*experiment.sample_shape, dtype=pixels) for name in names}
     return {"label": array(dtype=np.int32)} | images
+
+
+def _describe(config: ConfigDict, batch: Mapping[str, jax.ShapeDtypeStruct]) -> str:
+    """The arrays of a batch in words."""
+    arrays = ", ".join(f"{name} {x.dtype} {x.shape}" for name, x in batch.items())
+    prepared = " (latents as --mode=prepare writes them; LightningDiT's shards hold x alone)"
+    return f"batch: {arrays}{prepared if config.data.name == 'latents' else ''}"
 
 
 def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:

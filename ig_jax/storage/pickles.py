@@ -26,7 +26,8 @@ def read_pytorch(file: epath.Path) -> Any:
         import torch
     except ImportError as error:
         raise InputError(
-            f'{file}: reading a PyTorch file needs PyTorch: pip install "ig_jax[convert]"'
+            f'{file}: reading a PyTorch file needs PyTorch: pip install "ig_jax[convert]", or give '
+            "a .safetensors file of the same arrays, which needs nothing"
         ) from error
     # Training scripts of the DiT family store their flags as an argparse.Namespace, which is plain
     # data, and others NumPy's scalars and arrays.

@@ -11,6 +11,8 @@ from ig_jax import pictures, sampling
 from ig_jax.data import images
 from ig_jax.errors import InputError
 from ig_jax.evaluation import sets
+from ig_jax.experiment import Experiment
+from tests.common import tiny_config
 from tests.data.common import SIZE, add_irregular, encoded, make_tree, photo, strew
 
 
@@ -341,6 +343,17 @@ def test_a_folder_without_classes_is_unlabelled(tmp_path):
     assert (source.num_classes, source.class_names) == (0, ())
     assert [int(source.train[i]["label"]) for i in range(2)] == [0, 0]
     assert source.train[0]["x"][0, 0].tolist() == [0, 0, 255]
+
+
+def test_images_without_labels_are_for_unconditional_models(tmp_path):
+    Image.new("RGB", (20, 20)).save(tmp_path / "0.png")
+    config = tiny_config()
+    config.model.channels = 3
+    config.data.update(name="folder", path=str(tmp_path), num_validation=0)
+    with pytest.raises(InputError, match="num_classes is 10: the data set 'folder' has no labels"):
+        Experiment.from_config(config).open_data()
+    config.model.num_classes = 0
+    assert Experiment.from_config(config).open_data().num_classes == 0
 
 
 def test_bad_folders(tmp_path):

@@ -1,17 +1,21 @@
 import json
 import pickle
 import shutil
+import sys
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
+from ig_jax import config as config_lib
+from ig_jax import experiment
 from ig_jax.data import images, latents, pipeline, prepare, shards
 from ig_jax.errors import InputError
-from tests.data.common import OPTIONS, encode, make_tree
+from tests.data.common import OPTIONS, encode, make_tree, strew
 
 COUNT = 18
+STATISTICS = (".safetensors", ".npz", pytest.param(".pt", marks=pytest.mark.torch))
 NAMES = ("golden retriever", "tench, Tinca tinca", "tiger shark")
 
 
@@ -19,6 +23,19 @@ def without_noise(x):
     """An encoder whose posterior is one point, so that a sample is the mean."""
     mean, std = encode(x)
     return mean, 0 * std
+
+
+def write_statistics(file, mean, std):
+    """Per-channel statistics in the format of the file's ending; None is left out."""
+    values = {k: np.asarray(v) for k, v in (("mean", mean), ("std", std)) if v is not None}
+    if file.suffix == ".npz":
+        np.savez(file, **values)
+    elif file.suffix == ".safetensors":
+        file.write_bytes(safetensors.numpy.save(values))
+    else:
+        import torch
+
+        torch.save({k: torch.tensor(v) for k, v in values.items()}, file)
 
 
 def write_npy(path, examples):
@@ -133,31 +150,83 @@ def test_sources_travel_to_worker_processes(root):
         np.testing.assert_equal(copy[3], first)
 
 
-@pytest.mark.parametrize(
-    "suffix", [".safetensors", ".npz", pytest.param(".pt", marks=pytest.mark.torch), ""]
-)
+@pytest.mark.parametrize("suffix", [*STATISTICS, ""])
 def test_statistics_of_the_lightningdit_layout(root, tmp_path, suffix):
     path = tmp_path / "light"
     shutil.copytree(root / "twins" / "light", path)
     (path / "latents_stats.safetensors").unlink()
     mean, std = np.arange(4, dtype=np.float32), np.full((1, 4, 1, 1), 2, np.float32)
-    if suffix == ".npz":
-        np.savez(path / "latents_stats.npz", mean=mean, std=std)
-    elif suffix == ".pt":
-        import torch
-
-        torch.save(
-            {"mean": torch.tensor(mean), "std": torch.tensor(std)}, path / "latents_stats.pt"
-        )
-    elif suffix:
-        data = safetensors.numpy.save({"mean": mean, "std": std})
-        (path / "latents_stats.safetensors").write_bytes(data)
+    if suffix:
+        write_statistics(path / f"latents_stats{suffix}", mean, std)
     else:  # none stored: computed
         statistics = shards.read_index(str(root / "twins" / "ours"))["statistics"]
         mean, std = statistics["mean"], statistics["std"]
     source = latents.open_latents(str(path), autoencoder="pooling")
     np.testing.assert_allclose(source.shift, mean, rtol=1e-5)
     np.testing.assert_allclose(source.scale, np.ravel(std), rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", STATISTICS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_sampling_needs_statistics_only(tmp_path, suffix, alone):
+    """Converted weights know no data set: a file of statistics, or a folder with it, will do."""
+    config = config_lib.default_config("lightningdit", "s")
+    config.model.update(width=32, depth=2, heads=2, auxiliary_depth=1, num_classes=5)
+    mean, std = np.arange(32, dtype=np.float32), np.full((1, 32, 1, 1), 2, np.float32)
+    write_statistics(tmp_path / f"latents_stats{suffix}", mean, std)
+    item = tmp_path / "workdir" / "checkpoints" / "0" / "source"
+    item.mkdir(parents=True)
+    (item / "metadata").write_text("{}")
+    config.data.path = str(tmp_path / f"latents_stats{suffix}" if alone else tmp_path)
+    converted = experiment.Experiment.from_config(config)
+    source = converted.open_facts(str(tmp_path / "workdir"))
+    np.testing.assert_array_equal(source.shift, mean)
+    np.testing.assert_array_equal(source.scale, 2 + 0 * mean)
+    assert (source.shape, source.num_classes, source.train) == ((16, 16, 32), 5, None)
+    found = "it is a file" if alone else f"it holds latents_stats{suffix}"
+    with pytest.raises(InputError, match=f"{found}.*expected prepared latents"):
+        converted.open_data()
+    converted.config.data.path = ""
+    with pytest.raises(InputError, match="it is empty.*latents_stats.pt is enough"):
+        converted.open_facts(str(tmp_path / "workdir"))
+
+
+def test_statistics_of_pytorch_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "latents_stats.pt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"_stats.pt: .* needs PyTorch: pip .*or give a .safetens"):
+        latents.known_statistics(str(tmp_path), "", 4)
+    write_statistics(tmp_path / "latents_stats.safetensors", np.zeros(4), np.ones(4))
+    assert latents.known_statistics(str(tmp_path), "", 4)[1].tolist() == [1] * 4
+
+
+def test_statistics_of_an_index_alone(root, tmp_path):
+    shutil.copy(root / "twins" / "ours" / "index.json", tmp_path)
+    mean, std = latents.known_statistics(str(tmp_path), "pooling", 4)
+    whole = latents.open_latents(str(root / "twins" / "ours"))
+    np.testing.assert_array_equal([mean, std], [whole.shift, whole.scale])
+    with pytest.raises(InputError, match="holds latents of pooling, expected va-vae-f16d32"):
+        latents.known_statistics(str(tmp_path), "va-vae-f16d32", 4)
+    assert latents.known_statistics(str(tmp_path / "none"), "pooling", 4) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (np.zeros(3), np.ones(3), "found 3 values of mean and 3 of std, expected one a channel, 2"),
+        (np.zeros(2), np.ones(3), "found 2 values of mean and 3 of std"),
+        (np.array([0, np.nan]), np.ones(2), r"found mean \[0.0, nan\].*expected finite numbers"),
+        (np.zeros(2), np.array([1, 0]), r".*std \[1.0, 0.0\], expected .* std above 0"),
+        (None, np.ones(2), "found std, expected mean and std"),
+    ],
+)
+def test_statistics_that_are_none(tmp_path, mean, std, message):
+    write_statistics(tmp_path / "latents_stats.npz", mean, std)
+    with pytest.raises(InputError, match=f"latents_stats.npz: {message}"):
+        latents.known_statistics(str(tmp_path), "", 2)
+    (tmp_path / "latents_stats.npz").write_bytes(b"PK nothing")
+    with pytest.raises(InputError, match="latents_stats.npz: damaged, or not an .npz file"):
+        latents.known_statistics(str(tmp_path), "", 2)
 
 
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
@@ -229,15 +298,105 @@ def test_labels_that_miss_files_and_files_that_miss(root, tmp_path):
     where.write_text(json.dumps({"labels": [*labels, ["00000/img-latents-00000099.npy", 1]]}))
     with pytest.raises(InputError, match="labels 1 files that are not there.*00000099.npy"):
         latents.open_latents(str(path))
-    where.write_text(json.dumps({"labels": [["a", None]]}))
+    where.write_text(json.dumps({"labels": [*labels[:-1], [labels[-1][0], None]]}))
     with pytest.raises(InputError, match=r"found other entries than expected, \{.labels.: "):
         latents.open_latents(str(path))
     where.write_text("{")
     with pytest.raises(InputError, match="dataset.json: damaged JSON"):
         latents.open_latents(str(path))
-    where.unlink()
-    with pytest.raises(InputError, match="dataset.json: no such file, expected the labels"):
+    shutil.rmtree(path / "vae-sd" / "00000")
+    where.write_text(json.dumps({"labels": None}))
+    with pytest.raises(InputError, match="vae-sd: holds no .npy files, expected latents beside"):
         latents.open_latents(str(path))
+
+
+def without_dataset_json(path):
+    (path / "vae-sd" / "dataset.json").unlink()
+
+
+def with_dataset_json(labels):
+    def write(path):
+        where = path / "vae-sd" / "dataset.json"
+        names = [name for name, _ in json.loads(where.read_text())["labels"]]
+        where.write_text(json.dumps(labels(names)))
+
+    return write
+
+
+def flat(path):
+    """Files without folders, and no dataset.json."""
+    for file in (path / "vae-sd" / "00000").iterdir():
+        file.rename(path / file.name)
+    shutil.rmtree(path / "vae-sd")
+
+
+def without_tensor(path):
+    for file in path.glob("latents_rank*.safetensors"):
+        tensors = safetensors.numpy.load_file(file)
+        del tensors["labels"]
+        file.write_bytes(safetensors.numpy.save(tensors))
+
+
+def without_classes(path):
+    index = json.loads((path / "index.json").read_text())
+    (path / "index.json").write_text(json.dumps(index | {"class_names": []}))
+
+
+@pytest.mark.parametrize(
+    ("layout", "remove", "found"),
+    [
+        ("npy", without_dataset_json, "dataset.json: no such file"),
+        ("npy", flat, "dataset.json: no such file"),
+        ("npy", with_dataset_json(lambda names: {"labels": None}), "its labels are null"),
+        ("npy", with_dataset_json(lambda names: {}), "its labels are null"),
+        ("npy", with_dataset_json(lambda n: {"labels": [[a, None] for a in n]}), "are null"),
+        ("light", without_tensor, "shard000.safetensors: holds no labels"),
+        ("ours", without_classes, "index.json: names no classes"),
+    ],
+)
+def test_latents_without_labels_are_for_unconditional_models(root, tmp_path, layout, remove, found):
+    shutil.copytree(root / "plain" / layout, tmp_path / layout)
+    whole = latents.open_latents(str(root / "plain" / layout)).train
+    remove(tmp_path / layout)
+    source = latents.open_latents(str(tmp_path / layout), num_validation=2)
+    assert (source.num_classes, source.class_names) == (0, ())
+    assert (len(source.train), len(source.validation)) == (COUNT - 2, 2)
+    unlabelled = latents.open_latents(str(tmp_path / layout)).train
+    name = "x" if layout == "light" else "mean"
+    for i in range(COUNT):
+        np.testing.assert_array_equal(unlabelled[i][name], whole[i][name])
+        assert layout == "ours" or unlabelled[i]["label"] == 0
+    # The same from the config, which is what a user gives.
+    config = config_lib.default_config("sit", "s")
+    config.data.update(path=str(tmp_path / layout), num_validation=0)
+    config.model.num_classes = 0
+    assert experiment.open_source(config, (4, 4, 4)).num_classes == 0
+    config.model.num_classes = 3
+    line = f"{found}, so that these latents have no labels: config.model.num_classes is 3, expected"
+    with pytest.raises(InputError, match=f"{line} 0 .an unconditional model., or labels"):
+        experiment.open_source(config, (4, 4, 4))
+
+
+def test_shards_that_lack_labels_which_others_have(root, tmp_path):
+    shutil.copytree(root / "plain" / "light", tmp_path / "light")
+    (tmp_path / "one").mkdir()
+    file = tmp_path / "light" / "latents_rank00_shard001.safetensors"
+    file.rename(tmp_path / "one" / file.name)
+    without_tensor(tmp_path / "one")
+    (tmp_path / "one" / file.name).rename(file)
+    with pytest.raises(
+        InputError, match=r"shard001.safetensors: holds no labels.*other shards have .2 of 3"
+    ):
+        latents.open_latents(str(tmp_path / "light"))
+
+
+@pytest.mark.parametrize(("layout", "suffix"), [("npy", ".npy"), ("light", ".safetensors")])
+def test_what_are_no_latents_counts_in_no_layout(root, tmp_path, layout, suffix):
+    shutil.copytree(root / "plain" / layout, tmp_path / layout)
+    strew(tmp_path / layout, suffix)
+    if layout == "npy":
+        strew(tmp_path / layout / "vae-sd" / "00000", suffix)
+    assert len(latents.open_latents(str(tmp_path / layout)).train) == COUNT
 
 
 def test_damaged_files_are_named(root, tmp_path):

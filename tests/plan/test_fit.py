@@ -6,11 +6,15 @@ import jax.numpy as jnp
 import pytest
 
 from ig_jax import config as config_lib
+from ig_jax.data import images, pipeline, prepare
 from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment
 from ig_jax.models import layers
 from ig_jax.plan import fit, topology
 from ig_jax.training import sharding
 from tests import meshes
+from tests.common import tiny_config
+from tests.data.common import OPTIONS, encode, make_tree
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu (the test extra) is not installed"
@@ -104,6 +108,31 @@ def test_a_missing_compiler_is_one_line_that_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'pip install "libtpu==0\.0\.42\.\*"$'):
         topology.devices("v5e:4x4")
+
+
+@pytest.mark.parametrize("name", ["latents", "folder", "digits"])
+def test_the_batch_is_what_the_data_give(name, tmp_path, monkeypatch):
+    """For VA-VAE as for SD-VAE, which --mode=prepare writes alike."""
+    config = tiny_config(batch_size=16)
+    tree = make_tree(tmp_path / "tree")
+    if name == "latents":
+        prepare.prepare(images.ImageFolder(tree), str(tmp_path / "latents"), encode, **OPTIONS)
+        config.data.path = str(tmp_path / "latents")
+        config.model.update(family="lightningdit", input_size=4, channels=4, num_classes=2)
+    elif name == "folder":
+        config.data.path = tree
+        config.model.update(channels=3, num_classes=2)
+    config.data.update(name=name, num_validation=0, autoencoder=OPTIONS["autoencoder"])
+    experiment = Experiment.from_config(config)
+    batch = next(pipeline.make_iterator(experiment.open_data().train, batch_size=16, seed=0))
+    assumed = fit._batch(experiment)
+    found = {key: (array.shape, array.dtype) for key, array in batch.items()}
+    assert found == {key: (array.shape, array.dtype) for key, array in assumed.items()}
+    monkeypatch.setitem(fit._LOWER, "train step", lambda experiment: Spare())
+    table = fit.report(config, ("train step",)).table()
+    for key, (shape, dtype) in found.items():
+        assert f"{key} {dtype} {shape}" in table
+    assert ("LightningDiT's shards hold x alone" in table) == (name == "latents")
 
 
 @needs_libtpu
