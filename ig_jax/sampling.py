@@ -30,6 +30,7 @@ from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params, merge
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.streams import numpy_stream
 from ig_jax.training import sharding
 from ig_jax.training.checkpoint import Checkpoints
 
@@ -58,8 +59,8 @@ def choose_labels(
         return np.asarray(classes, np.int32)[indices % len(classes)]
     if kind == "balanced":
         return (indices % num_classes).astype(np.int32)
-    stream = np.random.default_rng([seed, 1]).integers(num_classes, size=int(indices.max()) + 1)
-    return stream[indices].astype(np.int32)
+    labels = numpy_stream(seed, "labels").integers(num_classes, size=int(indices.max()) + 1)
+    return labels[indices].astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,7 @@ from ig_jax import config as config_lib
 from ig_jax import console, pictures, sampling
 from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
+from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
 from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.experiment import Experiment, make_to_images
@@ -33,13 +35,12 @@ from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.streams import numpy_stream, stream
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import sharding
 from ig_jax.training import state as state_lib
 from ig_jax.training.checkpoint import Checkpoints, Score
-
-VALIDATION_TIMES = 16
 
 log = logging.getLogger("ig_jax")
 
@@ -49,9 +50,9 @@ class Programs:
     """The compiled parts of training on one mesh.
 
     Attributes:
-        init: `init(seed key) -> TrainState`.
+        init: `init(key) -> TrainState`.
         step: `step(state, batch, key) -> (state, StepMetrics)`; donates the state.
-        validate: `validate(params, batch, weights) -> (sum of losses, sum of weights)`.
+        validate: see `make_validation`.
         accumulate: adds a step's metrics.
         shapes: the state's shapes with shardings.
     """
@@ -106,7 +107,7 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
             out_shardings=(shardings, whole),
             donate_argnums=0,
         ),
-        validate=jax.jit(validate, in_shardings=(shardings.params, batch, batch)),
+        validate=jax.jit(validate, in_shardings=(shardings.params, batch)),
         accumulate=jax.jit(metrics_lib.accumulate, donate_argnums=0),
         shapes=jax.tree.map(
             lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
@@ -116,43 +117,95 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
     )
 
 
+@flax.struct.dataclass
+class HeldOut:
+    """Some held-out examples and how the loss is taken on them.
+
+    Attributes:
+        batch: the examples, a dict of (B, …) arrays.
+        index: (B,) int32, which of the held-out examples they are; noise depends on it alone.
+        time: (B,) float32 path times.
+        weight: (B,) float32, 0 for the filling of the last batch.
+    """
+
+    batch: Any
+    index: Any
+    time: Any
+    weight: Any
+
+
 def make_validation(
     bind: Callable[[Params], dit.Network], options: state_lib.StepOptions
-) -> Callable[[Params, Any, jax.Array], tuple[jax.Array, jax.Array]]:
-    """Returns the held-out loss: plain targets at fixed, evenly spread times and fixed noise.
+) -> Callable[[Params, HeldOut], tuple[jax.Array, jax.Array]]:
+    """Returns the held-out loss: plain targets at fixed times and fixed noise.
 
-    The result of `validate(params, batch, weights)` is (sum of losses, sum of weights), so that
-    batches, and padding with weight 0, add up.
+    The result of `validate(params, held_out)` is (sum of losses, sum of weights), which add up over
+    batches of any size.
     """
     plain = dataclasses.replace(options.loss, guided_target_scale=0.0)
 
-    def validate(params: Params, batch: Any, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        data_key, noise_key = jax.random.split(jax.random.key(0))
-        x = pipeline.model_input(batch, data_key, shift=options.shift, scale=options.scale)
-        t = (jnp.arange(x.shape[0]) % VALIDATION_TIMES + 0.5) / VALIDATION_TIMES
-        noise = jax.random.normal(noise_key, x.shape)
-        losses = loss_lib.losses_at(bind(params), x, batch["label"], noise, t, plain)
-        return (losses.total * weights).sum(), weights.sum()
+    def example(values: Any, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(stream(0, "validation"), index)
+        x = pipeline.model_input(
+            values, stream(key, "posterior"), shift=options.shift, scale=options.scale
+        )
+        return x, jax.random.normal(stream(key, "noise"), x.shape)
+
+    def validate(params: Params, held_out: HeldOut) -> tuple[jax.Array, jax.Array]:
+        x, noise = jax.vmap(example)(held_out.batch, held_out.index)
+        labels = held_out.batch["label"]
+        losses = loss_lib.losses_at(bind(params), x, labels, noise, held_out.time, plain)
+        return (losses.total * held_out.weight).sum(), held_out.weight.sum()
 
     return validate
 
 
-def _held_out_batches(
-    source: DataSource, batch_size: int, place: Callable[[np.ndarray], jax.Array]
-) -> Iterator[tuple[Any, jax.Array]]:
-    """Held-out examples in global batches with weights; the last one is padded with weight 0."""
+def validation_times(path: interpolant.Interpolant, count: int) -> np.ndarray:
+    """Times for all held-out examples, (count,) float32: one in the middle of each of `count` parts
+    of [0, 1], brought onto the times that the path trains at.
+
+    Examples come in their own order, perhaps sorted by class, so the times are shuffled (always in
+    the same way).
+    """
+    order = numpy_stream(0, "validation times").permutation(count)
+    return np.asarray(path.training_time(jnp.asarray((order + 0.5) / count, jnp.float32)))
+
+
+def held_out_batches(
+    source: DataSource, path: interpolant.Interpolant, batch_size: int
+) -> Iterator[HeldOut]:
+    """This process's rows of the global batches of a data set's held-out examples, on the host."""
+    count = len(source.validation)
+    times = validation_times(path, count)
     share = batch_size // jax.process_count()
     first = jax.process_index() * share
-    for start in range(0, len(source.validation), batch_size):
+    for start in range(0, count, batch_size):
         indices = start + first + np.arange(share)
-        inside = indices < len(source.validation)
-        examples = [source.validation[int(i)] for i in np.where(inside, indices, 0)]
-        stacked = {
+        inside = indices < count
+        indices = np.where(inside, indices, 0)
+        examples = [source.validation[int(i)] for i in indices]
+        batch = {
             name: np.stack([example[name] for example in examples])
             for name in examples[0]
             if not name.endswith("_flip")
         }
-        yield jax.tree.map(place, stacked), place(inside.astype(np.float32))
+        yield HeldOut(batch, indices.astype(np.int32), times[indices], inside.astype(np.float32))
+
+
+def validation_loss(
+    programs: Programs, experiment: Experiment, source: DataSource, params: Params
+) -> float:
+    """The mean loss over all held-out examples; the same for any batch size."""
+    place = functools.partial(
+        jax.make_array_from_process_local_data, sharding.batch_sharding(experiment.mesh)
+    )
+    batch_size = experiment.config.train.batch_size
+    sums = [
+        sharding.settle(programs.validate(params, jax.tree.map(place, held_out)))
+        for held_out in held_out_batches(source, experiment.path, batch_size)
+    ]
+    total, weight = np.sum(jax.device_get(sums), axis=0)
+    return float(total / weight)
 
 
 def open_batches(
@@ -238,7 +291,7 @@ class Trainer:
         )
         self.programs = make_programs(self.experiment, self.source)
         self.mesh = self.experiment.mesh
-        self.key = jax.random.key(config.seed)
+        self.key = stream(config.seed, "training")
         self.ema: Params | None = None
         self._stop = False
         self._check_workdir()
@@ -270,23 +323,14 @@ class Trainer:
         if checkpoints.steps():
             restored = checkpoints.restore(self.programs.shapes)
             return restored.state, restored.data
-        state = self.programs.init(jax.random.fold_in(self.key, 1))
+        state = self.programs.init(stream(self.config.seed, "initialisation"))
         if self.config.train.init_from:
             params = initial_weights(self.experiment, state.params)
             state = state.replace(params=params, ema=jax.tree.map(jnp.array, params))
         return state, None
 
     def _validation_loss(self, params: Params) -> float:
-        place = functools.partial(
-            jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh)
-        )
-        batch_size = self.config.train.batch_size
-        sums = [
-            sharding.settle(self.programs.validate(params, batch, weights))
-            for batch, weights in _held_out_batches(self.source, batch_size, place)
-        ]
-        total, weight = np.sum(jax.device_get(sums), axis=0)
-        return float(total / weight)
+        return validation_loss(self.programs, self.experiment, self.source, params)
 
     def _score(self, params: Params, step: int, saving: bool, writer: Any) -> Score | None:
         """Validates and evaluates when due; returns what ranks checkpoints, if it is known."""

@@ -15,6 +15,7 @@ from ig_jax.data.pipeline import model_input
 from ig_jax.diffusion import loss as loss_lib
 from ig_jax.models.dit import Network
 from ig_jax.models.functional import Params
+from ig_jax.streams import stream
 from ig_jax.training import optimizer as optimizer_lib
 
 
@@ -84,15 +85,58 @@ def make_loss(
     """Returns `losses(params, batch, key, step)`, per example, from raw data batches."""
 
     def losses(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> loss_lib.Losses:
-        data_key, loss_key = jax.random.split(key)
-        x = model_input(batch, data_key, shift=options.shift, scale=options.scale)
+        x = model_input(batch, stream(key, "posterior"), shift=options.shift, scale=options.scale)
         started = step >= options.guided_target_start
         omega = jnp.where(started, options.loss.guided_target_scale, 0.0)
         return loss_lib.losses(
-            bind(params), x, batch["label"], loss_key, options.loss, options.null_label, omega
+            bind(params),
+            x,
+            batch["label"],
+            stream(key, "loss"),
+            options.loss,
+            options.null_label,
+            omega,
         )
 
     return losses
+
+
+def make_gradient(
+    bind: Callable[[Params], Network], options: StepOptions
+) -> Callable[[Params, Any, jax.Array, jax.Array], tuple[Params, loss_lib.Losses]]:
+    """Returns `gradient(params, batch, key, step)`: of the mean loss over a batch, and mean losses.
+
+    With `options.accumulate` of n, n microbatches are computed one after the other, each with noise
+    of its own, and averaged.
+    """
+    losses = make_loss(bind, options)
+    parts = options.accumulate
+
+    def objective(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        means = jax.tree.map(jnp.mean, losses(params, batch, key, step))
+        return means.total, means
+
+    def gradient(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        grads, means = jax.grad(objective, has_aux=True)(params, batch, key, step)
+        return grads, means
+
+    def accumulated(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
+        batch = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+        keys = jax.random.split(key, parts)
+
+        def add(total: Any, part: tuple) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *part, step)), None
+
+        zeros = jax.tree.map(
+            lambda s: jnp.zeros(s.shape, s.dtype),
+            jax.eval_shape(
+                lambda: gradient(params, jax.tree.map(lambda a: a[0], batch), keys[0], step)
+            ),
+        )
+        total, _ = jax.lax.scan(add, zeros, (batch, keys))
+        return jax.tree.map(lambda a: a / parts, total)
+
+    return accumulated if parts > 1 else gradient
 
 
 def make_train_step(
@@ -110,39 +154,14 @@ def make_train_step(
         norm: the gradients' norm that is reported.
 
     Returns:
-        A function to jit; its randomness depends on (key, state.step) alone.
+        A function to jit; `key` is the run's training stream, and a step's randomness depends on
+        it and `state.step` alone.
     """
-    losses = make_loss(bind, options)
-
-    def objective(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
-        means = jax.tree.map(jnp.mean, losses(params, batch, key, step))
-        return means.total, means
-
-    def gradient(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
-        grads, means = jax.grad(objective, has_aux=True)(params, batch, key, step)
-        return grads, means
-
-    def accumulated(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> tuple:
-        parts = options.accumulate
-        batch = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
-        keys = jax.random.split(key, parts)
-
-        def add(total: Any, part: tuple) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part, step)), None
-
-        zeros = jax.tree.map(
-            lambda s: jnp.zeros(s.shape, s.dtype),
-            jax.eval_shape(
-                lambda: gradient(params, jax.tree.map(lambda a: a[0], batch), keys[0], step)
-            ),
-        )
-        total, _ = jax.lax.scan(add, zeros, (batch, keys))
-        return jax.tree.map(lambda a: a / parts, total)
+    gradient = make_gradient(bind, options)
 
     def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
-        compute = accumulated if options.accumulate > 1 else gradient
-        grads, means = compute(state.params, batch, key, state.step)
+        grads, means = gradient(state.params, batch, key, state.step)
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = StepMetrics(
