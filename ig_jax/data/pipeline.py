@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,11 @@ from ig_jax.data.source import Example, RandomAccess
 from ig_jax.errors import InputError
 
 Batch = dict[str, np.ndarray]
+
+# Where workers leave batches for this process to pick up (Linux).
+SHARED_MEMORY = "/dev/shm"
+# Batches there at a time, counted: of each worker, and held by this process.
+_SHARED_BATCHES = (6, 4)
 
 
 def _choose_twin(example: Example, rng: np.random.Generator, flip: bool) -> Example:
@@ -122,7 +129,8 @@ def make_iterator(
         An iterator of dicts of (batch_size / process_count, …) arrays.
 
     Raises:
-        InputError: an empty source, or a batch that does not divide among the processes.
+        InputError: an empty source, a batch that does not divide among the processes, or too
+            little shared memory for the workers, which would be killed without a word.
     """
     if len(source) == 0:
         raise InputError("the data set is empty: expected at least one example")
@@ -131,12 +139,30 @@ def make_iterator(
             f"config.train.batch_size is {batch_size}: expected a multiple of the number of "
             f"processes, {process_count}"
         )
+    if num_workers:
+        _check_shared_memory(source[0], batch_size // process_count, num_workers)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     dataset = dataset.random_map(functools.partial(_choose_twin, flip=flip))
     # Per-process batches first, then every P-th of them: concatenated over the processes they are
     # the batches of one process.
     shares = dataset.batch(batch_size // process_count)
     return BatchIterator(shares[process_index::process_count], num_workers)
+
+
+def _check_shared_memory(example: Example, share: int, num_workers: int) -> None:
+    if not os.path.isdir(SHARED_MEMORY):
+        return
+    kept = [v for name, v in example.items() if not name.endswith("_flip")]
+    each, here = _SHARED_BATCHES
+    need = (num_workers * each + here) * share * sum(np.asarray(v).nbytes for v in kept)
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < need:
+        raise InputError(
+            f"config.data.num_workers is {num_workers}: their batches need about "
+            f"{need / 2**20:,.0f} MiB of shared memory, {SHARED_MEMORY} has {free / 2**20:,.0f} "
+            "MiB free: expected fewer workers (0: threads of this process), or a larger "
+            f"{SHARED_MEMORY} (docker run --shm-size=…)"
+        )
 
 
 def epoch_batches(

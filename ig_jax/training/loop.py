@@ -295,6 +295,7 @@ class Trainer:
         self.ema: Params | None = None
         self._stop = False
         self._check_workdir()
+        open_batches(config, self.source, self.mesh, None)  # that they can be read; starts nothing
         self.evaluation = None
         if config.evaluation.every:
             from ig_jax.evaluation import evaluate

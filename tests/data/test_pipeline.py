@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -184,3 +185,19 @@ def test_bad_input():
         pipeline.make_iterator(pixels(), batch_size=8, seed=0, process_count=3)
     with pytest.raises(InputError, match="the data set is empty"):
         pipeline.make_iterator(pixels(0), batch_size=8, seed=0)
+
+
+@pytest.mark.parametrize("spare,workers,fits", [(0, 2, True), (-1, 2, False), (-1, 0, True)])
+def test_too_little_shared_memory_is_said_before_workers_start(monkeypatch, spare, workers, fits):
+    """Containers have 64 MiB by default; a worker that finds it full is killed by a signal."""
+    example = 2 * 4 * 4 + 4  # mean, std and label; of twins one is chosen
+    free = (2 * 6 + 4) * 8 * example + spare
+    usage = pipeline.shutil.disk_usage("/")._replace(free=free)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(pipeline, "SHARED_MEMORY", "/")
+    make = functools.partial(pipeline.make_iterator, TwinSource(), batch_size=8, seed=0)
+    if fits:
+        make(num_workers=workers)
+        return
+    with pytest.raises(InputError, match="config.data.num_workers is 2: .* MiB free: expected few"):
+        make(num_workers=workers)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ig_jax.data import pipeline
 from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
 from ig_jax.errors import InputError
@@ -213,3 +214,14 @@ def test_data_that_does_not_fit_the_model():
     config.model.channels = 3
     with pytest.raises(InputError, match=r"is \(8, 8, 3\): the data set 'digits' has \(8, 8, 1\)"):
         Experiment.from_config(config).open_data()
+
+
+def test_nothing_is_written_where_workers_lack_shared_memory(tmp_path, monkeypatch):
+    usage = pipeline.shutil.disk_usage("/")._replace(free=1 << 10)
+    monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(pipeline, "SHARED_MEMORY", "/")
+    config = tiny_config()
+    config.data.num_workers = 1
+    with pytest.raises(InputError, match="config.data.num_workers is 1"):
+        loop.run(config, str(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
