@@ -9,6 +9,9 @@ What the paper reports (FID-50K, random labels):
 Baseline without internal guidance (LightningDiT-XL/1, 800 epochs: FID 2.17, IS 205.6):
     --config.model.auxiliary_depth=0 --config.guidance.ig_scale=1
 
+Upstream LightningDiT's own cfg_scale (6.7 to 10) does not carry over: its sampler guides the first
+three of the 32 latent channels only, where IG's release, and this code, guide all.
+
 The EMA decay is the paper's 0.9995; the authors' published config has 0.9999.
 """
 

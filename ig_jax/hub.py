@@ -4,7 +4,6 @@ from them. Files are downloaded once into the hub's own cache, and found there w
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 import pathlib
 import re
@@ -21,12 +20,13 @@ from ig_jax.convert.autoencoder import autoencoder_from_pytorch
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.data.latents import read_statistics
 from ig_jax.diffusion.guidance import Guidance
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import InputError, look_up
 from ig_jax.library import Decoder
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import resolve
 from ig_jax.storage import weight_files
+from ig_jax.storage.files import file_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,9 @@ class Published:
     """Published weights: where they are, what they are, and how the paper samples from them.
 
     The sampler is `library.RECIPES[spec.family]`. All figures are the paper's, ImageNet 256×256,
-    FID-50K with random labels.
+    FID-50K with random labels; guidance is of all latent channels, as IG's release samples. The CFG
+    scales that DiT, SiT and LightningDiT publish themselves are of samplers that guide the first
+    three channels only, and do not carry over.
 
     Attributes:
         repository: hub id.
@@ -45,7 +47,6 @@ class Published:
         epochs: length of the training.
         guidance, fid: without CFG: the recommended setting, and the FID reported for it.
         cfg_guidance, cfg_fid: with CFG, or None where the paper has no such row.
-        sha256: of the file, where its authors publish one (the hub's own digest is checked always).
     """
 
     repository: str
@@ -57,7 +58,6 @@ class Published:
     fid: float
     cfg_guidance: Guidance | None = None
     cfg_fid: float | None = None
-    sha256: str | None = None
 
 
 PUBLISHED: dict[str, Published] = {
@@ -150,8 +150,8 @@ def from_pretrained(
         weights: a local weight file to read instead.
         decoder: whether to load the decoder too (`load_decoder`), or one that is loaded already.
         dtype: dtype of matrix products; by default bfloat16 on accelerators, float32 on the CPU.
-        verify: whether to compare the file's SHA-256 with what the hub (or the table) says; it
-            takes some seconds for files of several GB.
+        verify: whether to compare the file's SHA-256 with what the hub says; it takes some seconds
+            for files of several GB.
 
     Returns:
         The model, its decoder, and the paper's recommended guidance and FID.
@@ -161,19 +161,10 @@ def from_pretrained(
             folder of the hub with another number of weight files than one; a damaged file, or one
             that is not this network.
     """
-    if name not in PUBLISHED:
-        known = tuple(PUBLISHED)
-        raise InputError(
-            f"unknown published model {name!r}: expected one of {', '.join(known)}"
-            f"{suggest(name, known)}"
-        )
-    published = PUBLISHED[name]
+    published = look_up(PUBLISHED, name, "published model")
     dtype = _default_dtype() if dtype is None else dtype
-    if weights is None:
-        file, expected = fetch(published.repository, published.file), published.sha256
-    else:
-        file, expected = os.fspath(resolve(weights)), None
-    digest = _verify(file, expected) if verify else None
+    file = _file(weights, published.repository, published.file)
+    digest = _verify(file) if verify else None
     model = from_pytorch(
         file,
         family=published.spec.family,
@@ -211,24 +202,24 @@ def load_decoder(
         InputError: an unknown name, a file that cannot be had (as `from_pretrained`) or is not that
             autoencoder's.
     """
-    if name not in AUTOENCODERS:
-        known = list(AUTOENCODERS)
-        raise InputError(
-            f"unknown autoencoder {name!r}: expected one of {', '.join(known)}"
-            f"{suggest(name, known)}"
-        )
-    published = AUTOENCODERS[name]
-    file = weights if weights is not None else fetch(published.repository, published.file)
+    published = look_up(AUTOENCODERS, name, "autoencoder")
+    if statistics is not None and name not in STATISTICS:
+        raise InputError(f"statistics is {statistics}: expected none, {name} has one scale")
     autoencoder = autoencoder_from_pytorch(
-        file, dtype=_default_dtype() if dtype is None else dtype, preset=name
+        _file(weights, published.repository, published.file),
+        dtype=_default_dtype() if dtype is None else dtype,
+        preset=name,
     )
     if name not in STATISTICS:
-        if statistics is not None:
-            raise InputError(f"statistics is {statistics}: expected none, {name} has one scale")
         return Decoder(autoencoder, published.shift, published.scale)
-    if statistics is None:
-        statistics = fetch(published.repository, STATISTICS[name])
-    return Decoder(autoencoder, *read_statistics(statistics, published.spec.latent_channels))
+    file = _file(statistics, published.repository, STATISTICS[name])
+    channels = published.spec.latent_channels
+    return Decoder(autoencoder, *read_statistics(file, channels))
+
+
+def _file(given: str | os.PathLike | None, repository: str, file: str) -> str:
+    """The local file that was given, else the hub's."""
+    return fetch(repository, file) if given is None else os.fspath(resolve(given))
 
 
 def fetch(repository: str, file: str) -> str:
@@ -275,41 +266,28 @@ def fetch(repository: str, file: str) -> str:
 
 
 def _cached(repository: str, file: str) -> str | None:
-    """A file of an earlier, complete download: the hub's cache keeps a folder a commit."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+    """The file in the hub's cache, or None; asks no network."""
+    import huggingface_hub
 
-    folder = repo_folder_name(repo_id=repository, repo_type="model")
-    root = pathlib.Path(constants.HF_HUB_CACHE) / folder
-    reference = root / "refs" / "main"
-    if not reference.exists():
-        return None
-    snapshot = root / "snapshots" / reference.read_text().strip()
     if file.endswith("/"):
-        names = [p.relative_to(snapshot).as_posix() for p in sorted(snapshot.rglob("*"))]
-        if not any(_is_weights(name, file) for name in names):
+        weights = [f"{file}*{suffix}" for suffix in weight_files.SUFFIXES]
+        try:
+            snapshot = huggingface_hub.snapshot_download(
+                repository, allow_patterns=weights, local_files_only=True
+            )
+        except FileNotFoundError:
+            return None
+        paths = sorted(pathlib.Path(snapshot, file).rglob("*"))
+        names = [path.relative_to(snapshot).as_posix() for path in paths]
+        if not any(name.endswith(weight_files.SUFFIXES) for name in names):
             return None
         file = _only_weights(names, repository, file)
-    return str(snapshot / file) if (snapshot / file).exists() else None
-
-
-def _resolves(endpoint: str) -> bool:
-    """Whether the hub can be reached at all; the client itself retries for half a minute first."""
-    if urllib.request.getproxies():
-        return True
-    try:
-        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
-    except OSError:
-        return False
-    return True
-
-
-def _is_weights(name: str, folder: str) -> bool:
-    return name.startswith(folder) and name.endswith(weight_files.SUFFIXES)
+    path = huggingface_hub.try_to_load_from_cache(repository, file)
+    return path if isinstance(path, str) else None
 
 
 def _only_weights(names: list[str], repository: str, folder: str) -> str:
-    found = [name for name in names if _is_weights(name, folder)]
+    found = [n for n in names if n.startswith(folder) and n.endswith(weight_files.SUFFIXES)]
     if len(found) != 1:
         raise InputError(
             f"{repository}: {folder} holds {', '.join(found) or 'no weight file'}: expected one; "
@@ -318,28 +296,27 @@ def _only_weights(names: list[str], repository: str, folder: str) -> str:
     return found[0]
 
 
-def _verify(file: str, published: str | None) -> str:
-    """The file's SHA-256; raises `InputError` if it is not what is published."""
-    if not os.path.isfile(file):
-        raise InputError(f"{file}: found no such file, expected a weight file")
+def _resolves(endpoint: str) -> bool:
+    """Whether the hub can be reached at all; the client itself retries for half a minute first."""
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
+    except OSError:
+        return bool(urllib.request.getproxies())  # a proxy resolves names itself
+    return True
+
+
+def _verify(file: str) -> str:
+    """The file's SHA-256; raises `InputError` if it is not the one that the hub publishes."""
+    with console.progress_bar(1, "checking") as advance:
+        digest = file_digest(file)
+        advance()
     # The hub's cache keeps a large file under the SHA-256 that the hub publishes for it.
-    blob = os.path.basename(os.path.realpath(file))
-    expected = published or (blob if re.fullmatch("[0-9a-f]{64}", blob) else None)
-    digest, size = hashlib.sha256(), os.path.getsize(file)
-    block_size = 1 << 24
-    with (
-        open(file, "rb") as stream,
-        console.progress_bar(-(-size // block_size), "checking") as advance,
-    ):
-        while block := stream.read(block_size):
-            digest.update(block)
-            advance()
-    if expected is not None and digest.hexdigest() != expected:
+    published = os.path.basename(os.path.realpath(file))
+    if re.fullmatch("[0-9a-f]{64}", published) and digest != published:
         raise InputError(
-            f"{file} has SHA-256 {digest.hexdigest()}: expected {expected}; delete it to download "
-            "it again"
+            f"{file} has SHA-256 {digest}: expected {published}; delete it to download it again"
         )
-    return digest.hexdigest()
+    return digest
 
 
 def _check_spec(name: str, expected: DiTSpec, found: DiTSpec, file: str) -> None:

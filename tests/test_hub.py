@@ -246,10 +246,15 @@ def test_a_damaged_download_is_refused(server, monkeypatch):
     blob.write_bytes(data)
     with pytest.raises(InputError, match="has SHA-256 .*: expected .*; delete it"):
         ig_jax.from_pretrained("sit-small-ig", decoder=False)
-    published = dataclasses.replace(hub.PUBLISHED["light-small-ig"], sha256="0" * 64)
-    monkeypatch.setitem(hub.PUBLISHED, "light-small-ig", published)
-    with pytest.raises(InputError, match="expected 0000"):
-        ig_jax.from_pretrained("light-small-ig", decoder=False)
+
+
+def test_a_cache_with_other_files_of_the_repository_does_not_have_it(server, monkeypatch):
+    hub.fetch("lab/ig", "Light/last.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert hub.fetch("lab/ig", "Light/").endswith("Light/last.safetensors")
+    for file in ("SiT/", "SiT/0400000.safetensors", "Lig/"):
+        with pytest.raises(InputError, match=f"lab/ig/{file} on .*HF_HUB_OFFLINE is set, and the"):
+            hub.fetch("lab/ig", file)
 
 
 OFFLINE = """\

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import InputError, look_up, suggest
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderSpec, abstract
 from ig_jax.storage import weight_files
@@ -203,15 +203,10 @@ def _infer_spec(
 def _check_preset(spec: AutoencoderSpec, preset: str | None, where: str) -> None:
     if preset is None:
         return
-    if preset not in AUTOENCODERS:
-        known = list(AUTOENCODERS)
+    expected = look_up(AUTOENCODERS, preset, "autoencoder").spec
+    if spec != expected:
         raise InputError(
-            f"autoencoder {preset!r} is not one of {', '.join(known)}{suggest(preset, known)}"
-        )
-    if spec != AUTOENCODERS[preset].spec:
-        raise InputError(
-            f"{where}: found {_describe(spec)}, expected {preset} with "
-            f"{_describe(AUTOENCODERS[preset].spec)}"
+            f"{where}: found {_describe(spec)}, expected {preset} with {_describe(expected)}"
         )
 
 

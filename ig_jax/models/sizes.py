@@ -2,6 +2,8 @@
 LightningDiT: 2501.01423).
 
 A family is a set of options of the one transformer in `dit.py`; a size is (depth, width, heads).
+The CFG scales that these papers publish are of samplers that guide the first three latent channels
+only (`forward_with_cfg` in their releases); IG's release guides all, so they do not carry over.
 """
 
 from __future__ import annotations

@@ -306,7 +306,7 @@ def test_other_models_and_presets(tmp_path: pathlib.Path) -> None:
     weights = small_weights("vae_ldm_small")
     with pytest.raises(InputError, match="found width 32.*expected va-vae-f16d32 with width 128"):
         autoencoder_from_pytorch(weights, preset="va-vae-f16d32")
-    with pytest.raises(InputError, match="'sd-vae-ft-ma' is not one of.*did you mean sd-vae-ft"):
+    with pytest.raises(InputError, match="'sd-vae-ft-ma': .*did you mean sd-vae-ft"):
         autoencoder_from_pytorch(weights, preset="sd-vae-ft-ma")
     with pytest.raises(InputError, match="32 channels does not split into 12 groups"):
         autoencoder_from_pytorch(weights, groups=12)
