@@ -45,7 +45,8 @@ def list_folder(folder: epath.PathLike) -> tuple[list[str], list[str]]:
     folders: list[str] = []
     try:
         if "://" in os.fspath(folder):  # buckets hold neither links nor special files
-            _, folders, files = next(resolve(folder).walk())
+            _, folders, files = next(resolve(folder).walk(), ("", [], []))
+            folders = [name.rstrip("/") for name in folders]
         else:
             for entry in os.scandir(folder):
                 with contextlib.suppress(OSError):  # a link that leads to itself

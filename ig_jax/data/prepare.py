@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ig_jax import console
+from ig_jax import console, pictures
 from ig_jax.data import shards
 from ig_jax.data.images import Images, Picture, UnreadableImage, decode
 from ig_jax.errors import InputError
@@ -124,7 +124,8 @@ def _check_plan(path: str, plan: Mapping[str, Any]) -> None:
     if not os.path.isdir(path):
         raise InputError(f"config.data.path is {path!r}: found a file, expected a directory")
     # In this order: what another process of this run has just written is preceded by its plan.
-    others = [name for name in sorted(os.listdir(path)) if ".partial" not in name]
+    found = itertools.chain(*pictures.list_folder(path))
+    others = [name for name in found if ".partial" not in name]
     old = shards.read_json(os.path.join(path, shards.PLAN))
     if old is None:
         if others:

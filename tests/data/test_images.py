@@ -203,6 +203,21 @@ def test_links_in_a_circle_end(tmp_path):
     assert list(pictures.walk_files(tmp_path)) == ["a/0.png"]
 
 
+def test_buckets_have_the_same_rule(monkeypatch):
+    class Bucket:
+        def __init__(self, path):
+            self._path = path
+
+        def walk(self):
+            if self._path == "gs://bucket":  # an empty folder yields nothing
+                yield self._path, ["sub/", ".hidden/", "empty/"], ["b.png", ".a.png", "a.png"]
+            elif self._path == "gs://bucket/sub":
+                yield self._path, [], ["c.png"]
+
+    monkeypatch.setattr(pictures, "resolve", Bucket)
+    assert list(pictures.walk_files("gs://bucket")) == ["a.png", "b.png", "sub/c.png"]
+
+
 @pytest.mark.parametrize("suffix", pictures.SUFFIXES)
 def test_endings(tmp_path, suffix):
     """In any case; that Pillow goes by the content is its own business."""

@@ -235,6 +235,7 @@ def test_a_full_disk_is_one_line_and_keeps_finished_shards(
         (dict(autoencoder="sd-vae-ft-ema"), "autoencoder is pooling, expected sd-vae-ft-ema"),
         (dict(image_size=32), "image_size is 16, expected 32"),
         (dict(twins=False), "twins is True, expected False"),
+        (dict(examples_per_shard=7), "examples_per_shard is 5, expected 7"),
     ],
 )
 def test_another_preparation_is_refused(tree, undisturbed, change, message):
@@ -242,6 +243,19 @@ def test_another_preparation_is_refused(tree, undisturbed, change, message):
     with pytest.raises(InputError, match=f"of another preparation, {message}"):
         run(tree[0], undisturbed, None, **(dict(twins=True) | change))
     assert content(undisturbed) == before
+
+
+def test_other_images_are_another_preparation(tree, undisturbed, tmp_path):
+    root = make_tree(tmp_path / "tree")
+    with pytest.raises(InputError, match="images is .*'count': 26.*, expected .*'count': 18"):
+        run(root, undisturbed, None, twins=True)
+
+
+def test_hidden_files_do_not_make_a_directory_anothers(tmp_path):
+    root, path = make_tree(tmp_path / "tree", per_class=1), tmp_path / "latents"
+    path.mkdir()
+    strew(path)
+    assert "2 images of 2 classes" in run(root, path)
 
 
 def test_a_folder_without_classes_gives_unlabelled_latents(tree, tmp_path):
