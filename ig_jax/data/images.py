@@ -24,6 +24,7 @@ from ig_jax import pictures
 from ig_jax.data.source import DataSource, Example, hold_out
 from ig_jax.errors import InputError, suggest
 from ig_jax.paths import resolve
+from ig_jax.storage.files import digest
 
 # Beyond it an image has no middle worth cutting out, and scaling it would take gigabytes.
 MAX_ASPECT = 50
@@ -115,10 +116,8 @@ class ImageFolder:
         return pictures.printable(self._file(index))
 
     def describe(self) -> dict[str, Any]:
-        import hashlib
-
-        digest = hashlib.sha256(b"\n".join([*map(os.fsencode, self._folders), *self._names]))
-        return {"kind": "folder", "count": len(self), "names_sha256": digest.hexdigest()}
+        names = b"\n".join([*map(os.fsencode, self._folders), *self._names])
+        return {"kind": "folder", "count": len(self), "names_sha256": digest(names)}
 
 
 def _images(folder: str) -> list[str]:

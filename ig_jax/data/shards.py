@@ -16,7 +16,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -32,6 +31,7 @@ from ig_jax import console
 from ig_jax.data.source import Example
 from ig_jax.errors import InputError
 from ig_jax.paths import resolve
+from ig_jax.storage.files import file_digest, write_atomically
 
 FORMAT = "ig_jax latents 1"
 PLAN, INDEX = "plan.json", "index.json"
@@ -77,12 +77,8 @@ def require_local(path: str) -> str:
 
 def write_json(path: str, values: Mapping[str, Any], partial_suffix: str = ".partial") -> None:
     """Writes a JSON file, whole or not at all."""
-    partial = path + partial_suffix
-    with open(partial, "w", encoding="utf-8") as file:  # not the locale's
-        json.dump(values, file, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with write_atomically(path, suffix=partial_suffix, durable=True) as partial:
+        partial.write_bytes(json.dumps(values, ensure_ascii=False).encode())
 
 
 def read_json(path: str) -> dict[str, Any] | None:
@@ -172,15 +168,9 @@ def verify(path: str) -> dict[str, str]:
     problems |= damaged_shards(path, shards)
     for shard in console.progress(shards, "verifying"):
         file = shard["file"]
-        if file not in problems and sha256(os.path.join(path, file)) != shard["sha256"]:
+        if file not in problems and file_digest(os.path.join(path, file)) != shard["sha256"]:
             problems[file] = "another checksum than when it was written"
     return dict(sorted(problems.items()))
-
-
-def sha256(path: str) -> str:
-    """SHA-256 of a file, as hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class ShardSource:
@@ -288,7 +278,7 @@ class ShardWriter:
             file=self._file,
             examples=len(self._labels),
             bytes=os.path.getsize(self._partial),
-            sha256=sha256(self._partial),
+            sha256=file_digest(self._partial),
             labels=self._labels,
             shape=self._shape,
             sums={name: np.asarray(value).tolist() for name, value in self._sums.items()},
