@@ -474,7 +474,7 @@ def _npy_classes(
     """The label of every file, and their classes; `dataset.json` may be missing or without any."""
     content = shards.read_json(where)
     unlabelled = f"{where}: no such file" if content is None else f"{where}: its labels are null"
-    entries = None if content is None else content.get("labels")
+    entries = content.get("labels") if isinstance(content, dict) else content
     if entries is None or _all_null(entries):
         return np.zeros(len(names), np.int32), _unlabelled(unlabelled, num_classes)
     labels = _npy_labels(where, entries, names)

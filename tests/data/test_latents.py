@@ -301,6 +301,10 @@ def test_labels_that_miss_files_and_files_that_miss(root, tmp_path):
     where.write_text(json.dumps({"labels": [*labels[:-1], [labels[-1][0], None]]}))
     with pytest.raises(InputError, match=r"found other entries than expected, \{.labels.: "):
         latents.open_latents(str(path))
+    for nothing in ({"labels": []}, {"labels": 3}, [], 3):
+        where.write_text(json.dumps(nothing))
+        with pytest.raises(InputError, match=r"found no labels, expected \{.labels.: "):
+            latents.open_latents(str(path))
     where.write_text("{")
     with pytest.raises(InputError, match="dataset.json: damaged JSON"):
         latents.open_latents(str(path))
