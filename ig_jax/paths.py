@@ -68,12 +68,18 @@ def check_writable(path: epath.PathLike, name: str) -> None:
 
 
 def check_workdir(path: epath.PathLike) -> None:
-    """As `check_writable`, for a workdir, where checkpoints go.
-
-    Raises:
-        InputError: as `check_writable`, or for a name that checkpoints cannot be read back from.
-    """
+    """As `check_writable`, for a workdir; raises `InputError` as that and `check_name` do."""
     check_writable(path, "the workdir")
-    if re.search(r"\[.*\]", os.fspath(path)):
+    check_name(path)
+
+
+def check_name(workdir: epath.PathLike) -> None:
+    """Raises `InputError` for a path that checkpoints cannot be written to, or read back from."""
+    name = os.fspath(workdir)
+    if re.search(r"\[.*\]", name):
         # TensorStore writes there, and takes the brackets for a pattern when it reads.
-        raise InputError(f"the workdir is {os.fspath(path)}: expected a path without [ and ]")
+        raise InputError(f"the workdir is {name}: expected a path without [ and ]")
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"the workdir is {name!a}: expected a path that is UTF-8") from None

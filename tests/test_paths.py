@@ -1,5 +1,6 @@
 """Paths as people type them, for every flag, config field and function that takes one."""
 
+import functools
 import os
 import pathlib
 
@@ -9,10 +10,11 @@ import pytest
 import ig_jax
 from ig_jax import config as config_lib
 from ig_jax import paths
-from ig_jax.convert import files, inception, workdir
+from ig_jax.convert import inception, workdir
 from ig_jax.data import images, latents
 from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol, sets, statistics
+from ig_jax.storage import weight_files
 from ig_jax.training.checkpoint import Checkpoints, Score, find_step, find_workdir, saved_config
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
@@ -98,7 +100,7 @@ READERS = {
     "weights.safetensors": (
         ig_jax.from_pytorch,
         ig_jax.autoencoder_from_pytorch,
-        files.read_checkpoint,
+        weight_files.read_checkpoint,
         lambda path: ig_jax.from_pretrained("sit-xl-2", weights=path),
         lambda path: ig_jax.load_decoder("sd-vae-ft-ema", weights=path),
     ),
@@ -188,6 +190,7 @@ def test_writable_folders(home, folder):
         ("ü" * 128 + "/a", "expected names of at most 255 bytes, one has 256"),
         ("locked/a", "locked is read-only, expected a writable folder"),
         ("runs [1]/a", r"expected a path without \[ and \]"),
+        ("caf\udce9", r"the workdir is 'caf\\udce9': expected a path that is UTF-8"),
     ],
 )
 def test_folders_that_cannot_be_written(home, monkeypatch, folder, message):
@@ -203,6 +206,7 @@ def test_folders_that_cannot_be_written(home, monkeypatch, folder, message):
     with pytest.raises(InputError, match=message) as error:
         paths.check_workdir(folder)
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    with pytest.raises(InputError):
-        workdir.save_workdir(None, folder)
+    for use in (functools.partial(workdir.save_workdir, None), saved_config):
+        with pytest.raises(InputError):
+            use(folder)
     assert sorted(home.rglob("*")) == before

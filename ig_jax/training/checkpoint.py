@@ -21,7 +21,7 @@ from orbax.checkpoint import checkpoint_managers
 from ig_jax import config as config_lib
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
-from ig_jax.paths import resolve
+from ig_jax.paths import check_name, resolve
 from ig_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
@@ -207,9 +207,11 @@ def find_workdir(path: epath.PathLike) -> epath.Path:
         path: as typed; it need not exist.
 
     Raises:
-        InputError: it is one checkpoint; the line says how to name its workdir and step.
+        InputError: it is one checkpoint (the line says how to name its workdir and step), or named
+            as no workdir can be.
     """
     path = resolve(path)
+    check_name(path)
     if (path / FOLDER).exists():
         return path
     if path.parent.name == FOLDER and path.name.isdigit() and path.exists():

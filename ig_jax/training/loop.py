@@ -528,9 +528,9 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
     for section, values in config.items():
         pairs = values.items() if isinstance(values, ConfigDict) else [(None, values)]
         for name, value in pairs:
-            flat[f"{section}.{name}" if name else section] = (
-                str(value) if isinstance(value, tuple) else value
-            )
+            if isinstance(value, str | tuple):  # a path need not be UTF-8
+                value = pictures.printable(str(value))
+            flat[f"{section}.{name}" if name else section] = value
     return flat
 
 
