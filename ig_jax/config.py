@@ -3,7 +3,6 @@ for. This is the only file that knows the names of config fields and what they m
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import numbers
@@ -557,12 +556,6 @@ def from_json(values: dict[str, Any], origin: str = "the saved config") -> Confi
     values = plain(values)
     family = values.get("model", {}).get("family", "sit")
     return ConfigDict(complete(values, default_config(family).to_dict(), "config"))
-
-
-def fingerprint(config: ConfigDict) -> str:
-    """A short hash of every field, to compare the configs of processes."""
-    text = json.dumps(to_json(config), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 # Fields that a restarted run may change: they do not alter what is learned. `num_steps` is among

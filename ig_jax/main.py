@@ -174,7 +174,7 @@ def run_mode(mode: str, config: ConfigDict) -> None:
         sweep.apply_best(config, workdir)
     config_lib.validate(config)
     config = config_lib.resolve_paths(config)
-    processes.initialize(config_lib.fingerprint(config))
+    processes.initialize(config_lib.to_json(config))
     last_line = MODES[mode][1](config, workdir, **arguments)
     if processes.is_primary():
         print(last_line)

@@ -89,7 +89,7 @@ def main(workdir: str, output: str) -> None:
     """Runs as one process of several: trains, draws, restores `workdir`, writes what it found."""
     from ig_jax.parallel import processes
 
-    processes.initialize("same", timeout_s=60)
+    processes.initialize({}, timeout_s=60)
     config = wide_config()
     mesh = sharding.make_mesh(4, 2)
     result = train_and_draw(config, mesh)

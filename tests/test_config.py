@@ -111,14 +111,11 @@ def test_meshes_that_do_not_fit(data, fsdp, devices, message):
         config_lib.check_devices(config, devices)
 
 
-def test_json_round_trip_and_fingerprint():
+def test_json_round_trip():
     config = tiny_config()
     again = config_lib.from_json(config_lib.to_json(config))
     config_lib.validate(again)
     assert again.to_dict() == config.to_dict()
-    assert config_lib.fingerprint(again) == config_lib.fingerprint(config)
-    again.train.batch_size = 64
-    assert config_lib.fingerprint(again) != config_lib.fingerprint(config)
 
 
 @pytest.mark.parametrize("family", ["sit", "lightningdit"])

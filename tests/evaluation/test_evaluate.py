@@ -442,7 +442,7 @@ def test_pictures_by_inception(experiment, tmp_path, monkeypatch):
 _TWO_PROCESSES = """
 import json, sys
 from ig_jax.parallel import processes
-processes.initialize("same")
+processes.initialize({})
 import jax
 from ig_jax.evaluation import evaluate
 from ig_jax.experiment import Experiment

@@ -104,7 +104,7 @@ def test_a_lost_process_ends_the_other_and_a_restart_continues(tmp_path, victim)
     if code != -signal.SIGABRT:
         # JAX's client may notice the loss of its coordinator first, with words of its own.
         assert code == processes.EXIT_CODE_PEER_LOST, said
-        assert f"process {victim}" in said and "restart the run to continue" in said
+        assert f"ig_jax: process {victim} (" in said and "restart the run to continue" in said
     last = checkpoint_steps(workdir)[-1]
     command = [a.replace("num_steps=100000", f"num_steps={last + 3}") for a in command]
     port = free_port()
