@@ -1,14 +1,18 @@
 """Lint, format, and who may import what: the walls between rooms, and declared distributions."""
 
 import ast
+import contextlib
 import pathlib
 import re
 import subprocess
 import sys
 import tomllib
+import types
 from importlib import metadata
 
 import pytest
+
+from tests import conftest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "ig_jax"
@@ -124,3 +128,26 @@ def test_imports_are_found_wherever_they_run(tmp_path):
     names = [{n.split(".")[0] for n in imports(tmp_path / "a.py", nested)} for nested in (0, 1)]
     assert names[0] == {"a1", "a2", "a3", "a4", "a5"}
     assert names[1] == names[0] | {"b1", "b2"}
+
+
+@pytest.mark.parametrize(
+    "marked,needed,outcome",
+    [
+        (False, True, None),
+        (True, False, pytest.skip.Exception),
+        (True, True, pytest.fail.Exception),
+    ],
+)
+def test_without_pytorch(monkeypatch, marked, needed, outcome):
+    """A test that needs it skips, but fails where CI has installed it."""
+    monkeypatch.setattr(conftest.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("IG_JAX_TESTS_NEED_TORCH", "1" if needed else "")
+    item = types.SimpleNamespace(get_closest_marker=lambda name: name if marked else None)
+    with pytest.raises(outcome) if outcome else contextlib.nullcontext():
+        conftest.pytest_runtest_setup(item)
+
+
+def test_the_marker_is_the_only_way_to_need_pytorch():
+    """pytest's own way would skip where CI has to notice."""
+    other = re.compile(r"importorskip\(")
+    assert not [path for path in ROOT.glob("tests/**/*.py") if other.search(path.read_text())]
