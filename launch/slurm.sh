@@ -73,8 +73,9 @@ main() {
       --account) account=$value ;;
       --time) limit=$value ;;
       --job-name) job=$value ;;
-      --log-dir) log_dir=$value ;;
-      --python) python=$value ;;
+      # In --log-dir=~/logs the shell leaves the tilde alone.
+      --log-dir) log_dir=${value/#"~/"/"$HOME/"} ;;
+      --python) python=${value/#"~/"/"$HOME/"} ;;
       --sbatch-flag) flags+=("$value") ;;
       *) fail "unknown option $option (--help lists them)" ;;
     esac

@@ -567,6 +567,13 @@ JOB = ["--nodes=4", "--gpus-per-node", "8", "--partition=gpu", "--account=a", "-
 JOB += ["--cpus-per-gpu=6", "--sbatch-flag=--qos=high", "--log-dir", "logs dir", *RUN]
 
 
+def test_slurm_home_is_the_users(fakes):
+    paths = ("--log-dir=~/logs", "--python=~/venv/bin/python")
+    printed = fakes.run(SLURM, "--dry-run", *JOB[: -len(RUN)], *paths, *RUN).stdout
+    home = fakes.folder
+    assert f"--output={home}/logs/" in printed and f"{home}/venv/bin/python -u" in printed
+
+
 def test_slurm_job(fakes, monkeypatch):
     monkeypatch.chdir(fakes.folder)
     printed = fakes.run(SLURM, "--dry-run", *JOB).stdout.splitlines()
