@@ -175,7 +175,11 @@ def run_mode(mode: str, config: ConfigDict) -> None:
     config_lib.validate(config)
     config = config_lib.resolve_paths(config)
     processes.initialize(config_lib.to_json(config))
-    last_line = MODES[mode][1](config, workdir, **arguments)
+    try:
+        last_line = MODES[mode][1](config, workdir, **arguments)
+    except InputError as error:
+        print(f"ig_jax: {error}", file=sys.stderr)
+        processes.abandon(2)
     if processes.is_primary():
         print(last_line)
 
@@ -220,9 +224,7 @@ def main(argv: list[str] | None = None) -> int:
         app.run(_run, argv, flags_parser=_parse)
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
-        from ig_jax.parallel import processes
-
-        processes.abandon(2)
+        return 2
     return 0
 
 

@@ -20,6 +20,11 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, NoReturn
 
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
+
 from ig_jax.errors import InputError
 
 # For hosts that vanish without closing their connections.
@@ -60,8 +65,6 @@ def is_primary() -> bool:
     JAX's number counts, as it does for Orbax and for gathered arrays: a program that uses the
     library may have called `jax.distributed.initialize` itself.
     """
-    import jax
-
     return jax.process_index() == 0
 
 
@@ -85,8 +88,6 @@ def initialize(settings: Mapping[str, Any], timeout_s: float = 300.0) -> None:
     place = find_place(os.environ)
     if place is None:
         return
-    import jax
-
     _join(place, timeout_s)
     if jax.process_count() > 1:
         _compare(settings)
@@ -187,8 +188,6 @@ def _in_cluster(environ: Mapping[str, str]) -> bool:
 
 def _join(place: Place, timeout_s: float) -> None:
     """Starts `jax.distributed`, unless that is known to fail."""
-    import jax
-
     if None not in place:
         _probe(place, timeout_s)
     try:
@@ -245,18 +244,12 @@ def _listen(port: int) -> socket.socket:
 
 def _gather(text: str, size: int = 256) -> list[str]:
     """Every process's text of at most `size` bytes, on all of them."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     row = np.frombuffer(text.encode().ljust(size), np.uint8)
     return [bytes(row).decode().rstrip() for row in multihost_utils.process_allgather(row)]
 
 
 def _compare(settings: Mapping[str, Any]) -> None:
     """Refuses settings that are not equal in all processes."""
-    import jax
-    from flax.traverse_util import flatten_dict
-
     text = json.dumps(flatten_dict(dict(settings), sep="."), sort_keys=True)
     hashes = _gather(hashlib.sha256(text.encode()).hexdigest())
     if len(set(hashes)) == 1:
@@ -276,8 +269,6 @@ def _compare(settings: Mapping[str, Any]) -> None:
 def _connect(place: Place) -> None:
     """Connects this process to process 0, or lets process 0 take the others' connections."""
     global _lines
-    import jax
-
     _lines = []
     host = socket.gethostname()
     server = _listen(0) if is_primary() else None

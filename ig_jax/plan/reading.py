@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ig_jax import console
+from ig_jax.data import pipeline, shards
+from ig_jax.data.latents import open_latents
 from ig_jax.errors import InputError
 from ig_jax.paths import check_writable, resolve
 
@@ -41,8 +43,6 @@ def random_latents(count: int, shape: tuple[int, int, int] = SHAPE) -> Latents:
 
 def write_shards(path: str, latents: Latents, count: int, per_shard: int = 4096) -> None:
     """Writes our layout."""
-    from ig_jax.data import shards
-
     plan = {
         "format": shards.FORMAT,
         "images": {"kind": "random", "count": count},
@@ -115,9 +115,7 @@ def measure(
     path: str, num_batches: int, batch_size: int, num_workers: int, queue: multiprocessing.Queue
 ) -> None:
     """Reads shuffled batches and puts (latents per second, peak memory in bytes) into `queue`."""
-    from ig_jax.data import latents, pipeline
-
-    source = latents.open_latents(path)
+    source = open_latents(path)
     batches = pipeline.make_iterator(
         source.train, batch_size=batch_size, seed=0, num_workers=num_workers
     )

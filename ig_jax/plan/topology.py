@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import topologies
 
 from ig_jax.errors import InputError, suggest
 
@@ -42,8 +43,6 @@ def devices(topology: str) -> list[jax.Device]:
     name, star, slices = topology.partition("*")
     if star and not slices.isdecimal():
         raise InputError(f"config.mesh.topology is {topology!r}: expected a number after '*'")
-    from jax.experimental import topologies
-
     # libtpu looks for a TPU machine and, where there is none, says so in a dozen lines.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

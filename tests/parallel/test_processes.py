@@ -184,7 +184,8 @@ def test_a_failing_process_ends_the_others(launch, failing, end, code, said):
 
 
 def test_one_process_needs_nothing(launch):
-    child = launch(start_code() + "print('jax' in sys.modules, processes.is_primary())")
+    check = "import jax; print(jax.distributed.is_initialized(), processes.is_primary())"
+    child = launch(start_code() + check)
     stdout, stderr = child.communicate(timeout=60)
     assert stdout.strip() == "False True", stderr
 
