@@ -243,26 +243,22 @@ def fetch(repository: str, file: str) -> str:
     cached = _cached(repository, file)
     if cached is not None:
         return cached
-    where = f"{repository}/{file} on {constants.ENDPOINT}"
-    if constants.HF_HUB_OFFLINE or not _resolves(constants.ENDPOINT):
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-        raise InputError(
-            f"{where}: {reason}, and the cache {constants.HF_HUB_CACHE} does not have it; expected "
-            "a network, or a local file in its place"
-        )
-    try:
-        if file.endswith("/"):
-            names = huggingface_hub.HfApi().list_repo_files(repository)
-            file = _only_weights(names, repository, file)
-        return huggingface_hub.hf_hub_download(repository, file)
-    except InputError:
-        raise
-    except Exception as error:  # the HTTP library underneath differs between the client's versions
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:160]
-        raise InputError(
-            f"{where}: cannot be downloaded ({reason}); expected a network, or a local file in its "
-            "place"
-        ) from error
+    reason, cause = _offline(), None
+    if reason is None:
+        try:
+            if file.endswith("/"):
+                names = huggingface_hub.HfApi().list_repo_files(repository)
+                file = _only_weights(names, repository, file)
+            return huggingface_hub.hf_hub_download(repository, file)
+        except InputError:
+            raise
+        except Exception as error:  # the HTTP library underneath differs between versions
+            reason, cause = f"{type(error).__name__}: {error}".splitlines()[0][:160], error
+    raise InputError(
+        f"{repository}/{file}: the cache {constants.HF_HUB_CACHE} does not have it, and it cannot "
+        f"be downloaded from {constants.ENDPOINT} ({reason}); expected a network, or a local file "
+        "in its place"
+    ) from cause
 
 
 def _cached(repository: str, file: str) -> str | None:
@@ -296,13 +292,17 @@ def _only_weights(names: list[str], repository: str, folder: str) -> str:
     return found[0]
 
 
-def _resolves(endpoint: str) -> bool:
-    """Whether the hub can be reached at all; the client itself retries for half a minute first."""
+def _offline() -> str | None:
+    """Why the hub cannot be reached at all, which the client would retry for half a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
     try:
-        socket.getaddrinfo(urllib.parse.urlsplit(endpoint).hostname, None)
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
     except OSError:
-        return bool(urllib.request.getproxies())  # a proxy resolves names itself
-    return True
+        return None if urllib.request.getproxies() else "no network"  # a proxy finds hosts itself
+    return None
 
 
 def _verify(file: str) -> str:
