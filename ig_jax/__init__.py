@@ -17,15 +17,16 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.errors import InputError
     from ig_jax.hub import Pretrained, from_pretrained, load_decoder
     from ig_jax.library import Decoder, Samples, sample
-    from ig_jax.models.dit import DiT, DiTSpec, Prediction
+    from ig_jax.models.dit import DiT, DiTSpec
+    from ig_jax.models.network import Heads
 
 __all__ = [
     "Decoder",
     "DiT",
     "DiTSpec",
     "Guidance",
+    "Heads",
     "InputError",
-    "Prediction",
     "Pretrained",
     "Samples",
     "add_auxiliary_head",
@@ -46,7 +47,8 @@ _MODULES = {
     "errors": ("InputError",),
     "hub": ("Pretrained", "from_pretrained", "load_decoder"),
     "library": ("Decoder", "Samples", "sample"),
-    "models.dit": ("DiT", "DiTSpec", "Prediction"),
+    "models.dit": ("DiT", "DiTSpec"),
+    "models.network": ("Heads",),
 }
 
 

@@ -7,11 +7,12 @@ import json
 import math
 import numbers
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from ig_jax import checks
 from ig_jax.checks import Limits
@@ -47,8 +48,9 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 width=0,
                 depth=0,
                 heads=0,
-                # Blocks before the auxiliary head; 0 for no head, -1 for the published place.
-                auxiliary_depth=-1,
+                # Blocks before the auxiliary head, or before each of several, as in 4,8; 0 for no
+                # head, -1 for the published place.
+                auxiliary_depth=FieldReference(-1, field_type=object),
                 input_size=options.input_size,
                 channels=options.channels,
                 patch_size=options.patch_size,
@@ -185,6 +187,10 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
     )
 
 
+# Fields of one number, or of a list of such numbers.
+_OR_SEVERAL = ("config.model.auxiliary_depth",)
+
+
 def _kind(value: Any) -> str:
     if isinstance(value, bool):
         return "true or false"
@@ -229,12 +235,14 @@ def _check_fields(config: ConfigDict, reference: ConfigDict, prefix: str = "conf
         if name not in config:
             raise InputError(f"missing config field {field}: expected {_kind(like)}")
         value = config[name]
+        several = field in _OR_SEVERAL and isinstance(value, tuple | list)
         if isinstance(like, ConfigDict):
             if not isinstance(value, ConfigDict):
                 raise InputError(f"{field} is {value!r}: expected a section with fields")
             _check_fields(value, like, field)
-        elif not _fits(value, like):
-            raise InputError(f"{field} is {value!r}: expected {_kind(like)}")
+        elif not all(_fits(v, like) for v in (value if several else (value,))):
+            or_several = ", or a list of them" if field in _OR_SEVERAL else ""
+            raise InputError(f"{field} is {value!r}: expected {_kind(like)}{or_several}")
         else:
             _check_finite(field, value)
 
@@ -263,7 +271,6 @@ LIMITS: dict[str, Limits] = {
     "model.width": Limits(0, 2**16, whole=True),
     "model.depth": Limits(0, 2**12, whole=True),
     "model.heads": Limits(0, 2**12, whole=True),
-    "model.auxiliary_depth": Limits(-1, 2**12, whole=True),
     "model.input_size": Limits(1, 2**12, whole=True),
     "model.channels": Limits(1, 2**12, whole=True),
     "model.patch_size": Limits(1, 2**12, whole=True),
@@ -328,7 +335,7 @@ def validate(config: ConfigDict) -> None:
     spec = model_spec(config)
     # Not resolving "auto": that would start the devices, before processes found each other.
     OptimizerOptions(**_optimizer_fields(config, "float32"))
-    if spec.auxiliary_depth is None and not config.guidance.weak:
+    if not spec.auxiliary_depths and not config.guidance.weak:
         _check_no_auxiliary(config)
     if config.model.num_classes == 0 and config.guidance.cfg_scale != 1:
         raise InputError(
@@ -452,14 +459,13 @@ def model_spec(config: ConfigDict) -> dit.DiTSpec:
     """The architecture that `config.model` describes; raises `InputError` if impossible."""
     model = config.model
     depth, width, heads, published = sizes.size(model.size)
-    k = model.auxiliary_depth
     return dit.DiTSpec.of(
         model.family,
         model.size,
         width=model.width or width,
         depth=model.depth or depth,
         heads=model.heads or heads,
-        auxiliary_depth=(published if k == -1 else k) or None,
+        auxiliary_depths=_auxiliary_depths(model.auxiliary_depth, published),
         input_size=model.input_size,
         channels=model.channels,
         patch_size=model.patch_size,
@@ -468,6 +474,13 @@ def model_spec(config: ConfigDict) -> dit.DiTSpec:
         shift=model.adaln_shift,
         learned_sigma=model.learned_sigma,
     )
+
+
+def _auxiliary_depths(field: int | Sequence[int], published: int) -> tuple[int, ...]:
+    """The depths that `config.model.auxiliary_depth` stands for."""
+    if isinstance(field, tuple | list):
+        return tuple(field)
+    return {-1: (published,), 0: ()}.get(field, (field,))
 
 
 def model_options(config: ConfigDict) -> dict[str, Any]:

@@ -87,7 +87,7 @@ PUBLISHED: dict[str, Published] = {
     "sit-xl-2": Published(
         repository="nyu-visionx/SiT-collections",
         file="SiT-XL-2-256.pt",
-        spec=DiTSpec.of("sit", "xl", auxiliary_depth=None),
+        spec=DiTSpec.of("sit", "xl", auxiliary_depths=()),
         autoencoder="sd-vae-ft-ema",
         epochs=1400,
         guidance=Guidance(),
@@ -96,7 +96,7 @@ PUBLISHED: dict[str, Published] = {
     "lightningdit-xl-1": Published(
         repository="hustvl/lightningdit-xl-imagenet256-800ep",
         file="lightningdit-xl-imagenet256-800ep.pt",
-        spec=DiTSpec.of("lightningdit", "xl", auxiliary_depth=None),
+        spec=DiTSpec.of("lightningdit", "xl", auxiliary_depths=()),
         autoencoder="va-vae-f16d32",
         epochs=800,
         guidance=Guidance(),
@@ -116,7 +116,7 @@ class Pretrained:
     """Published weights, loaded.
 
     Attributes:
-        model: `model(x, t, y) -> Prediction`, for `ig_jax.sample`.
+        model: `model(x, t, y) -> Heads`, for `ig_jax.sample`.
         decoder: makes pictures of its latents, (B, h, w, C) to (B, H, W, 3) uint8; None if not
             asked for.
         published: the table's entry: recommended guidance, reported FID.
@@ -169,7 +169,7 @@ def from_pretrained(
         file,
         family=published.spec.family,
         heads=published.spec.heads,
-        auxiliary_depth=published.spec.auxiliary_depth,
+        auxiliary_depth=published.spec.auxiliary_depths or None,
         dtype=dtype,
     )
     _check_spec(name, published.spec, model.spec, file)

@@ -24,8 +24,9 @@ from ig_jax.diffusion.guidance import Guidance, GuidedVelocity, Interval
 from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
 from ig_jax.models.autoencoder import Autoencoder, check_latents
-from ig_jax.models.dit import DiT, Network
+from ig_jax.models.dit import DiT
 from ig_jax.models.functional import Params
+from ig_jax.models.network import Network
 from ig_jax.models.pixels import Pixels, to_uint8
 
 # family → sampler, its number of steps and its time shift: as the authors sample.
@@ -292,7 +293,7 @@ def _recipe(
 def _check_guidance(model: DiT, guidance: Guidance) -> None:
     for field in ("ig_scale", "cfg_scale"):
         _checked(field, getattr(guidance, field), checks.SCALE)
-    headless = model.spec.auxiliary_depth is None and guidance.weak is None
+    headless = not model.spec.auxiliary_depths and guidance.weak is None
     if headless and not _is_one(guidance.ig_scale):
         raise InputError(
             f"ig_scale is {_shown(guidance.ig_scale)}: expected 1, this model has no auxiliary "

@@ -1,5 +1,8 @@
+import sys
+
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
@@ -19,7 +22,10 @@ BAD = {
     "train.accumulate=5": "batch_size is 32: expected a multiple of config.train.accumulate, 5",
     "model.family=sti": "config.model.family is 'sti': expected one of sit, dit.*did you mean sit",
     "model.size=xxl": "unknown model size 'xxl': expected one of s, b, l, xl",
-    "model.auxiliary_depth=3": "auxiliary_depth is 3: expected 1…2 for 3 blocks",
+    "model.auxiliary_depth=3": r"auxiliary_depths is \(3,\): expected increasing numbers in 1…2",
+    "model.auxiliary_depth=(2, 1)": r"auxiliary_depths is \(2, 1\): expected increasing numbers in",
+    "model.auxiliary_depth=two": "auxiliary_depth is 'two': expected an integer, or a list of them",
+    "model.auxiliary_depth=(1.5,)": r"auxiliary_depth is \(1.5,\): expected an integer, or a list",
     "model.heads=5": "width 32 is not divisible by heads 5",
     "model.patch_size=3": "image size 8 is not divisible by patch size 3",
     "model.remat=some": "config.model.remat is 'some': expected one of none, full, dots",
@@ -64,6 +70,22 @@ def test_unknown_and_missing_fields():
     del config["sampler"]["name"]
     with pytest.raises(InputError, match="missing config field config.sampler.name"):
         config_lib.validate(ConfigDict(config))
+
+
+@pytest.mark.parametrize(
+    ("value", "depths"), [("2", (2,)), ("1,2", (1, 2)), ("(1,)", (1,)), ("0", ()), ("-1", (4,))]
+)
+def test_one_number_or_several_say_where_the_heads_are(value, depths, monkeypatch):
+    values = flags.FlagValues()
+    config = tiny_config()
+    config.model.depth = 6
+    monkeypatch.setattr(sys, "argv", ["", f"--config.model.auxiliary_depth={value}"])
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    values(sys.argv)
+    config_lib.validate(config)
+    assert config_lib.model_spec(config).auxiliary_depths == depths
+    again = config_lib.from_json(config_lib.to_json(config))
+    assert config_lib.model_spec(again).auxiliary_depths == depths
 
 
 def test_a_model_without_auxiliary_head_refuses_internal_guidance():

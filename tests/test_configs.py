@@ -65,4 +65,4 @@ def test_recipes_are_the_papers(name):
     assert config.train.ema_decay == recipe["ema"]
     assert (o.clip_norm, config.loss.auxiliary_weight, config.train.batch_size) == (1.0, 0.5, 256)
     assert config.loss.cosine_weight == (1.0 if name.startswith("lightning") else 0.0)
-    assert config_lib.model_spec(config).auxiliary_depth == 8
+    assert config_lib.model_spec(config).auxiliary_depths == (8,)

@@ -28,10 +28,10 @@ from tests.release import random_weights, release_shapes
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 SPEC = ig_jax.DiTSpec.of(
-    "sit", "s", width=32, depth=3, heads=2, auxiliary_depth=1, input_size=4, num_classes=10
+    "sit", "s", width=32, depth=3, heads=2, auxiliary_depths=(1,), input_size=4, num_classes=10
 )
 LIGHT = dataclasses.replace(
-    ig_jax.DiTSpec.of("lightningdit", "s", width=32, depth=2, heads=2, auxiliary_depth=1),
+    ig_jax.DiTSpec.of("lightningdit", "s", width=32, depth=2, heads=2, auxiliary_depths=(1,)),
     input_size=4,
     channels=4,
     num_classes=10,
@@ -291,14 +291,14 @@ def test_an_unknown_host_is_no_network(server, monkeypatch):
 def test_the_table_is_the_papers():
     """Every entry is a published architecture with its recipe and the FID of the paper."""
     rows = {
-        name: (p.fid, p.cfg_fid, p.guidance.ig_scale, p.spec.auxiliary_depth, p.epochs)
+        name: (p.fid, p.cfg_fid, p.guidance.ig_scale, p.spec.auxiliary_depths, p.epochs)
         for name, p in hub.PUBLISHED.items()
     }
     assert rows == {
-        "sit-xl-2-ig": (1.75, 1.46, 1.4, 8, 800),
-        "lightningdit-xl-1-ig": (1.34, 1.19, 1.7, 8, 680),
-        "sit-xl-2": (8.61, None, 1.0, None, 1400),
-        "lightningdit-xl-1": (2.17, None, 1.0, None, 800),
+        "sit-xl-2-ig": (1.75, 1.46, 1.4, (8,), 800),
+        "lightningdit-xl-1-ig": (1.34, 1.19, 1.7, (8,), 680),
+        "sit-xl-2": (8.61, None, 1.0, (), 1400),
+        "lightningdit-xl-1": (2.17, None, 1.0, (), 800),
     }
     for published in hub.PUBLISHED.values():
         vae = AUTOENCODERS[published.autoencoder]

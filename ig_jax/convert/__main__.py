@@ -35,6 +35,10 @@ examples
 """
 
 
+def _depths(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
@@ -56,7 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     add = into.add_argument
     add("--family", help=f"{', '.join(sizes.FAMILIES)}; SiT and DiT have the same weight names")
     add("--heads", type=int, help="number of attention heads; needed for unpublished widths")
-    add("--auxiliary_depth", type=int, help="blocks before the auxiliary head, if there is one")
+    add(
+        "--auxiliary_depth",
+        type=_depths,
+        help="blocks before the auxiliary head, if there is one; of several: 4,8",
+    )
     add("--data", help=f"config.data.name: {', '.join(DATA_SETS)} (latents if left out)")
     back = parser.add_argument_group("back to PyTorch")
     add = back.add_argument
@@ -69,11 +77,8 @@ def _describe(model: DiT) -> str:
     spec = model.spec
     count = dit.parameter_count(functional.split(model)[1])
     side = spec.input_size
-    head = (
-        f"auxiliary head after block {spec.auxiliary_depth}"
-        if spec.auxiliary_depth
-        else "no auxiliary head"
-    )
+    depths = " and ".join(map(str, spec.auxiliary_depths))
+    head = f"auxiliary head after block {depths}" if depths else "no auxiliary head"
     return (
         f"{spec.family}, {spec.depth} blocks of width {spec.width}, {spec.heads} heads, patch "
         f"{spec.patch_size}, input {side}×{side}×{spec.channels}, {spec.num_classes} classes, "

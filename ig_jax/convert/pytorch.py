@@ -11,18 +11,16 @@ import os
 import re
 import statistics
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import functional, layers, sizes
-from ig_jax.models.dit import DiT, DiTSpec, abstract
-from ig_jax.models.functional import Params
+from ig_jax.models.dit import DiT, DiTSpec, abstract, add_heads
 from ig_jax.storage import weight_files
 
 # Heads that only training needs: REPA's, onto the features of a pretrained encoder.
@@ -50,7 +48,6 @@ _BLOCK = {
     "mlp.w3": "mlp.w3",
     "modulation": "adaLN_modulation.1",
 }
-_HEADS = {"auxiliary_head": "final_layer_xr", "final_head": "final_layer"}
 _HEAD = {"norm": "norm_final", "linear": "linear", "modulation": "adaLN_modulation.1"}
 _LEAVES = {"kernel": "weight", "embedding": "weight", "weight": "weight", "bias": "bias"}
 
@@ -103,7 +100,7 @@ def from_pytorch(
     *,
     family: str | None = None,
     heads: int | None = None,
-    auxiliary_depth: int | None = None,
+    auxiliary_depth: int | Sequence[int] | None = None,
     dtype: Any = jnp.float32,
     scan_blocks: bool = True,
     remat: str = "none",
@@ -119,7 +116,8 @@ def from_pytorch(
       (learned sigma) without an auxiliary head is taken for a DiT, with a warning since early SiTs
       had one too; all else for a SiT. A LightningDiT always rotates its queries and keys.
     - The number of attention heads, unless q/k norm or rotary buffers show the head width.
-    - The auxiliary head's depth.
+    - The depths of auxiliary heads. The release has one, `final_layer_xr`; further ones, which
+      `to_pytorch` names `final_layer_xr_2` and so on, are ours.
 
     Args:
         source: a file (`.safetensors`, or `.pt`, `.pth`, `.ckpt`, `.bin`, which need PyTorch and
@@ -127,15 +125,15 @@ def from_pytorch(
             names, as a training checkpoint has them or bare.
         family: "sit", "dit" or "lightningdit".
         heads: number of attention heads; needed for widths outside `sizes.SIZES`.
-        auxiliary_depth: number of blocks before the auxiliary head; needed where there is such a
-            head and (depth, width) are outside `sizes.SIZES`.
+        auxiliary_depth: number of blocks before the auxiliary head, or before each of several;
+            needed where there are several, or (depth, width) are outside `sizes.SIZES`.
         dtype: dtype of matrix products. Parameters are float32: narrower ones are widened exactly.
         scan_blocks, remat: see `DiT`.
 
     Returns:
-        A model ready to call, `model(x, t, y) -> Prediction`, whose `model.spec` says what was
-        found. Without an auxiliary head in the checkpoint `spec.auxiliary_depth` is None and
-        `Prediction.auxiliary` too; `add_auxiliary_head` adds a fresh one.
+        A model ready to call, `model(x, t, y) -> Heads`, whose `model.spec` says what was found.
+        Without an auxiliary head in the checkpoint `spec.auxiliary_depths` and `Heads.auxiliary`
+        are empty; `add_auxiliary_head` adds a fresh one.
 
     Raises:
         InputError: if the file cannot be read; if the family, the heads or the auxiliary depth
@@ -191,25 +189,26 @@ def to_pytorch(model: DiT, *, rope_buffers: bool = False) -> dict[str, np.ndarra
 
 
 def add_auxiliary_head(model: DiT, depth: int, rngs: nnx.Rngs) -> DiT:
-    """Gives a model without an auxiliary head a fresh one: how to add IG to a trained network.
+    """Gives a model a fresh auxiliary head: how to add IG to a trained network.
 
     Args:
-        model: a model whose `spec.auxiliary_depth` is None; it is left as it is.
+        model: a model without a head there; it is left as it is.
         depth: number of blocks before the head, 1…depth−1 (the paper: a third of them).
         rngs: random stream of the head, where its family does not start it at zero.
 
     Returns:
-        A model whose final prediction is the same. Raises `InputError` if the model has an
-        auxiliary head already, or for a depth out of range.
+        A model whose other predictions are the same. Raises `InputError` if the model has an
+        auxiliary head there already, or for a depth out of range.
     """
-    if model.spec.auxiliary_depth is not None:
-        raise InputError(
-            f"the model has an auxiliary head after block {model.spec.auxiliary_depth} already"
-        )
-    spec = dataclasses.replace(model.spec, auxiliary_depth=depth)
+    spec = model.spec
+    if depth in spec.auxiliary_depths:
+        raise InputError(f"the model has an auxiliary head after block {depth} already")
+    wanted = dataclasses.replace(
+        spec, auxiliary_depths=tuple(sorted((*spec.auxiliary_depths, depth)))
+    )
     dtype = model.patch_embed.dtype
     graphdef, shapes = functional.split(
-        abstract(spec, dtype=dtype, scan_blocks=model.scan_blocks, remat=model.remat)
+        abstract(wanted, dtype=dtype, scan_blocks=model.scan_blocks, remat=model.remat)
     )
     head = layers.Head(
         spec.width,
@@ -219,38 +218,11 @@ def add_auxiliary_head(model: DiT, depth: int, rngs: nnx.Rngs) -> DiT:
         dtype=dtype,
         rngs=rngs,
     )
-    fresh = shapes | {"auxiliary_head": functional.split(head)[1]}
-    _, params = functional.split(model)
-    extended = functional.merge(graphdef, add_auxiliary_head_params(params, fresh))
+    name = wanted.auxiliary_heads[wanted.auxiliary_depths.index(depth)]
+    fresh = shapes | {name: functional.split(head)[1]}
+    params = add_heads(functional.split(model)[1], spec, wanted, fresh)
+    extended = functional.merge(graphdef, params)
     extended.rope_buffers = getattr(model, "rope_buffers", ())
-    return extended
-
-
-def add_auxiliary_head_params(params: Params, fresh: Params) -> Params:
-    """`add_auxiliary_head` on parameters alone; pure, so that a training run can start with it.
-
-    Args:
-        params: nested dict of a `DiT` without an auxiliary head.
-        fresh: nested dict of a newly made `DiT` that differs in nothing but its auxiliary head, at
-            whatever depth. Only the head is taken from it; the rest may be shapes.
-
-    Returns:
-        All of `params`, the one stack of blocks cut in two before the head, with the head of
-        `fresh`. Raises `InputError` if `params` has a head already, or is of another architecture.
-    """
-    if "auxiliary_head" in params:
-        raise InputError("the network has an auxiliary head already: expected one without")
-    if "auxiliary_head" not in fresh:
-        raise InputError("the fresh network has no auxiliary head: expected one to add")
-    depth = jax.tree.leaves(fresh["before"])[0].shape[0]
-    extended = params | {
-        "before": jax.tree.map(lambda a: a[:depth], params["before"]),
-        "after": jax.tree.map(lambda a: a[depth:], params["before"]),
-        "auxiliary_head": fresh["auxiliary_head"],
-    }
-    expected, found = (traverse_util.flatten_dict(tree, sep=".") for tree in (fresh, extended))
-    shapes = {name: leaf.shape for name, leaf in expected.items()}
-    weight_files.match_keys(shapes, found, "the network to add an auxiliary head to")
     return extended
 
 
@@ -280,7 +252,7 @@ def _find_spec(
     where: str,
     family: str | None,
     heads: int | None,
-    auxiliary_depth: int | None,
+    auxiliary_depth: int | Sequence[int] | None,
 ) -> DiTSpec:
     """Finds the architecture from names and shapes, and from the arguments of `from_pytorch`."""
     _check_landmarks(weights, where)
@@ -299,8 +271,8 @@ def _find_spec(
     # A stray huge number must not ask for a huge network: every block has a weight at least.
     depth = min(1 + max(int(match[1]) for match in blocks if match), len(weights))
     learned_sigma = head[0] == 2 * patch**2 * channels
-    auxiliary_depth = _find_auxiliary_depth(weights, where, depth, width, auxiliary_depth)
-    family = _find_family(weights, where, family, learned_sigma, auxiliary_depth is not None)
+    auxiliary_depths = _find_auxiliary_depths(weights, where, depth, width, auxiliary_depth)
+    family = _find_family(weights, where, family, learned_sigma, bool(auxiliary_depths))
     return DiTSpec(
         input_size=side * patch,
         channels=channels,
@@ -309,7 +281,7 @@ def _find_spec(
         depth=depth,
         heads=_find_heads(weights, where, width, heads),
         num_classes=labels[0] - 1,
-        auxiliary_depth=auxiliary_depth,
+        auxiliary_depths=auxiliary_depths,
         norm="rms" if "blocks.0.norm1.weight" in weights else "layer",
         mlp="swiglu" if "blocks.0.mlp.w12.weight" in weights else "gelu",
         rope=sizes.family(family).rope,
@@ -411,24 +383,33 @@ def _find_heads(
     return published[width] if heads is None else heads
 
 
-def _find_auxiliary_depth(
-    weights: Mapping[str, np.ndarray], where: str, depth: int, width: int, given: int | None
-) -> int | None:
-    """The auxiliary head's depth: given, or the published one of this size; None for no head."""
-    if not any(name.startswith("final_layer_xr.") for name in weights):
-        if given is not None:
-            raise InputError(
-                f"{where}: auxiliary_depth is {given}, but there is no auxiliary head "
-                "(final_layer_xr.…): load without it, then give the model a fresh head"
-            )
-        return None
-    published = {size[:2]: size[3] for size in sizes.SIZES.values()}
-    if given is None and (depth, width) not in published:
+def _find_auxiliary_depths(
+    weights: Mapping[str, np.ndarray],
+    where: str,
+    depth: int,
+    width: int,
+    given: int | Sequence[int] | None,
+) -> tuple[int, ...]:
+    """The depths of the auxiliary heads: given, or the published one of this size."""
+    if isinstance(given, int):
+        given = (given,)
+    found = {match[0] for name in weights if (match := re.match(r"final_layer_xr[^.]*", name))}
+    if given is not None and len(given) != len(found):
+        heads = f"{len(found)} of them" if found else "no auxiliary head (final_layer_xr.…)"
         raise InputError(
-            f"{where}: the auxiliary head's depth cannot be told for {depth} blocks of width "
-            f"{width}: give auxiliary_depth, 1…{depth - 1}"
+            f"{where}: auxiliary_depth is {', '.join(map(str, given))}, but there is {heads}: "
+            "load what there is, then give the model a fresh head"
         )
-    return published[depth, width] if given is None else given
+    if given is not None or not found:
+        return tuple(given or ())
+    published = {size[:2]: size[3] for size in sizes.SIZES.values()}
+    if len(found) > 1 or (depth, width) not in published:
+        which = "auxiliary head's depth" if len(found) == 1 else f"{len(found)} heads' depths"
+        raise InputError(
+            f"{where}: the {which} cannot be told for {depth} blocks of width {width}: give "
+            f"auxiliary_depth, 1…{depth - 1}"
+        )
+    return (published[depth, width],)
 
 
 def _weights(spec: DiTSpec, params: Mapping[str, Any]) -> Iterator[_Weight]:
@@ -457,12 +438,16 @@ def _weights(spec: DiTSpec, params: Mapping[str, Any]) -> Iterator[_Weight]:
 
     for ours, theirs in _EMBEDDINGS.items():
         yield from of(ours, theirs)
-    split = spec.auxiliary_depth or spec.depth
-    for i in range(spec.depth):
-        stack, layer = ("before", i) if i < split else ("after", i - split)
+    rows = [(stack, layer) for stack, count in spec.stacks for layer in range(count)]
+    for i, (stack, layer) in enumerate(rows):
         for ours, theirs in _BLOCK.items():
             yield from of(f"{stack}.{ours}", f"blocks.{i}.{theirs}", layer)
-    for head, theirs_head in _HEADS.items():
+    # The release has one auxiliary head; the names of more are ours.
+    heads = {
+        name: f"final_layer_xr_{i}" if i > 1 else "final_layer_xr"
+        for i, name in enumerate(spec.auxiliary_heads, start=1)
+    }
+    for head, theirs_head in (heads | {"final_head": "final_layer"}).items():
         for ours, theirs in _HEAD.items():
             yield from of(f"{head}.{ours}", f"{theirs_head}.{theirs}")
 

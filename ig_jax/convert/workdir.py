@@ -50,8 +50,8 @@ def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
     for name in config.model:
         field = _RENAMED.get(name, name)
         if hasattr(spec, field) and not (size and field in _SIZE):
-            # No auxiliary head is None in a spec and 0 in a config, which has no None.
-            config.model[name] = getattr(spec, field) or type(config.model[name])(0)
+            config.model[name] = getattr(spec, field)
+    config.model.auxiliary_depth = _one_or_several(spec.auxiliary_depths)
     autoencoder = AUTOENCODERS[config.data.autoencoder].spec
     if spec.channels == autoencoder.latent_channels:
         config.data.image_size = spec.input_size * autoencoder.downsampling
@@ -67,6 +67,11 @@ def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
                 f"expected {expected!r}"
             )
     return config
+
+
+def _one_or_several(depths: tuple[int, ...]) -> int | tuple[int, ...]:
+    """`config.model.auxiliary_depth` of these heads: as users type it for none and for one."""
+    return depths if len(depths) > 1 else depths[0] if depths else 0
 
 
 def check_empty(workdir: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ig_jax.diffusion import interpolant as interpolants
 from ig_jax.errors import InputError
-from ig_jax.models.dit import Network, Prediction
+from ig_jax.models.network import Heads, Network
 
 Interval = tuple[float, float]
 
@@ -65,8 +65,8 @@ def extrapolate(weak: jax.Array, strong: jax.Array, scale: jax.Array | float) ->
 
 
 def guide(
-    conditional: Prediction,
-    unconditional: Prediction | None,
+    conditional: Heads,
+    unconditional: Heads | None,
     ig_scale: jax.Array | float,
     cfg_scale: jax.Array | float,
 ) -> jax.Array:
@@ -81,10 +81,10 @@ def guide(
         (B, H, W, C), of the type the network predicts (velocity, noise or data).
     """
 
-    def internal(prediction: Prediction) -> jax.Array:
-        if prediction.auxiliary is None:
-            return prediction.final
-        return extrapolate(prediction.auxiliary, prediction.final, ig_scale)
+    def internal(heads: Heads) -> jax.Array:
+        if not heads.auxiliary:
+            return heads.final
+        return extrapolate(heads.auxiliary[0], heads.final, ig_scale)
 
     guided = internal(conditional)
     if unconditional is None:
@@ -138,7 +138,7 @@ class GuidedVelocity:
     """The velocity field that samplers integrate: a network, its labels and its guidance.
 
     Attributes:
-        network: `network(x, t, y) -> Prediction`.
+        network: `network(x, t, y) -> Heads`.
         labels: (B,) int32.
         null_label: the label ∅.
         path, prediction: what the network was trained on (`interpolant`).
@@ -152,10 +152,10 @@ class GuidedVelocity:
     prediction: str
     weak: Network | None = None
 
-    def _heads(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> Prediction:
+    def _heads(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> Heads:
         heads = self.network(x, t, labels)
         if self.weak is not None:
-            heads = heads.replace(auxiliary=self.weak(x, t, labels).final)
+            heads = heads.replace(auxiliary=(self.weak(x, t, labels).final,))
         return heads
 
     def __call__(
@@ -183,7 +183,7 @@ class GuidedVelocity:
         return Velocity(velocity, conditional.variance)
 
 
-def _halves(both: Prediction) -> tuple[Prediction, Prediction]:
+def _halves(both: Heads) -> tuple[Heads, Heads]:
     half = both.final.shape[0] // 2
     return jax.tree.map(lambda a: a[:half], both), jax.tree.map(lambda a: a[half:], both)
 

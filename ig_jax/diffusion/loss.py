@@ -1,4 +1,4 @@
-"""The training loss of internal guidance: both heads of one forward pass regress the same target
+"""The training loss of internal guidance: all heads of one forward pass regress the same target
 (IG paper, §3.1), optionally with LightningDiT's cosine term and the guided target of §5."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ig_jax.diffusion import interpolant as interpolants
-from ig_jax.models.dit import Network, Prediction
+from ig_jax.models.network import Heads, Network
 
 
 @flax.struct.dataclass
@@ -20,7 +20,8 @@ class Losses:
     Attributes:
         total: `final + λ·auxiliary + cosine_weight·cosine`.
         final: mean squared error of the final head over every element.
-        auxiliary: the same of the auxiliary head, before λ (zero for a network without one).
+        auxiliary: the same of the auxiliary head, before λ: the mean over the heads of a network
+            with several, so that λ keeps its meaning; zero for a network without one.
         cosine: mean over positions of 1 − cos(final, target) along channels (zero if unused).
     """
 
@@ -69,19 +70,23 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def losses_from(
-    prediction: Prediction, target: jax.Array, options: LossOptions, omega: jax.Array | float
+    heads: Heads, target: jax.Array, options: LossOptions, omega: jax.Array | float
 ) -> Losses:
-    """Compares both heads with the target (B, H, W, C); `omega` is ω at this step."""
+    """Compares all heads with the target (B, …); `omega` is ω at this step.
+
+    The guided target's weak prediction is the first auxiliary head, the weakest.
+    """
     final_target = target
     zero = jnp.zeros(target.shape[0], jnp.float32)
     auxiliary = zero
-    if prediction.auxiliary is not None:
-        auxiliary = _mean(jnp.square(prediction.auxiliary - target))
+    if heads.auxiliary:
+        errors = [_mean(jnp.square(head - target)) for head in heads.auxiliary]
+        auxiliary = sum(errors[1:], errors[0]) / len(errors)
         if options.guided_target_scale:
-            gap = jax.lax.stop_gradient(prediction.final - prediction.auxiliary)
+            gap = jax.lax.stop_gradient(heads.final - heads.auxiliary[0])
             final_target = target + omega * gap
-    final = _mean(jnp.square(prediction.final - final_target))
-    cosine = cosine_distance(prediction.final, final_target) if options.cosine_weight else zero
+    final = _mean(jnp.square(heads.final - final_target))
+    cosine = cosine_distance(heads.final, final_target) if options.cosine_weight else zero
     total = final + options.auxiliary_weight * auxiliary + options.cosine_weight * cosine
     return Losses(total, final, auxiliary, cosine)
 
@@ -98,7 +103,7 @@ def losses_at(
     """Losses at given noise and times.
 
     Args:
-        network: `network(x_t, t, y) -> Prediction`.
+        network: `network(x_t, t, y) -> Heads`.
         x, noise: (B, H, W, C) data and standard normal noise.
         labels: (B,) int32, null labels included.
         t: (B,) path times in [0, 1].
@@ -109,10 +114,10 @@ def losses_at(
         Per-example `Losses`.
     """
     path = interpolants.get(options.path)
-    prediction = network(interpolants.interpolate(path, x, noise, t), path.network_time(t), labels)
+    heads = network(interpolants.interpolate(path, x, noise, t), path.network_time(t), labels)
     target = interpolants.target(path, options.prediction, x, noise, t)
     omega = options.guided_target_scale if omega is None else omega
-    return losses_from(prediction, target, options, omega)
+    return losses_from(heads, target, options, omega)
 
 
 def drop_labels(labels: jax.Array, key: jax.Array, rate: float, null_label: int) -> jax.Array:

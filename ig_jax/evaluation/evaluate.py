@@ -341,7 +341,7 @@ def check_guidance(experiment: Experiment, settings: Sequence[Guidance]) -> None
     """Raises `InputError` if a setting needs a head or branch that the model does not have."""
     weak = bool(experiment.config.guidance.weak)
     for guidance in settings:
-        if experiment.spec.auxiliary_depth is None and not weak and guidance.ig_scale != 1:
+        if not experiment.spec.auxiliary_depths and not weak and guidance.ig_scale != 1:
             raise InputError(
                 f"IG scale {guidance.ig_scale:g}: expected 1 only, this model has no auxiliary "
                 "head (config.model.auxiliary_depth is 0)"

@@ -135,7 +135,7 @@ def sampling_record(
     stochastic = not adaptive and samplers.SAMPLERS[s.name].stochastic
     return {
         "model": f"{model.family} {spec.depth}x{spec.width}/{spec.patch_size}, "
-        f"auxiliary head after {spec.auxiliary_depth}",
+        f"auxiliary head after {', '.join(map(str, spec.auxiliary_depths)) or None}",
         "weights": f"EMA {config.train.ema_decay:g}" if ema else "raw",
         "weights_hash": weights,
         "checkpoint_step": step,

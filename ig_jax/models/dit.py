@@ -4,10 +4,10 @@ options of one network. Pure: a latent, a time and a label in, both heads' predi
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,29 +16,13 @@ from flax import nnx
 from ig_jax.errors import InputError
 from ig_jax.models import functional, layers, sizes
 from ig_jax.models.functional import Params
-from ig_jax.models.network import declare
+from ig_jax.models.network import Heads, declare
 
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-@flax.struct.dataclass
-class Prediction:
-    """What one forward pass predicts; every array is (B, H, W, C) float32.
-
-    Attributes:
-        final: the final head's output, `D_f`.
-        auxiliary: the intermediate head's output, `D_i`; None for a network without that head.
-        variance: the learned-sigma channels of DiT checkpoints (interpolation weight in [−1, 1]
-            between the two variance bounds of Nichol & Dhariwal 2021, eq. 15); None otherwise.
-    """
-
-    final: jax.Array
-    auxiliary: jax.Array | None = None
-    variance: jax.Array | None = None
 
 
 def _whole(stack: str, layer: Params) -> Params:
@@ -54,9 +38,6 @@ def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name not in ("all_gather", "convert_element_type")
 
 
-Network = Callable[[jax.Array, jax.Array, jax.Array], Prediction]
-
-
 @dataclasses.dataclass(frozen=True)
 class DiTSpec:
     """Everything that fixes the architecture (not its weights, precision or compilation).
@@ -67,7 +48,8 @@ class DiTSpec:
         patch_size: side of a token, in latent pixels.
         width, depth, heads: transformer size.
         num_classes: number of labels; label `num_classes` is the null label ∅.
-        auxiliary_depth: number of blocks before the auxiliary head, 1…depth−1, or None for no head.
+        auxiliary_depths: number of blocks before each auxiliary head, increasing, 1…depth−1; empty
+            for no such head.
         norm, mlp, rope: see `sizes.Family`.
         qk_norm: RMS norm on queries and keys.
         shift: whether adaLN has shifts (6 chunks) or not (4).
@@ -84,7 +66,7 @@ class DiTSpec:
     depth: int
     heads: int
     num_classes: int
-    auxiliary_depth: int | None
+    auxiliary_depths: tuple[int, ...]
     norm: str = "layer"
     mlp: str = "gelu"
     rope: bool = False
@@ -111,12 +93,28 @@ class DiTSpec:
             raise InputError(
                 f"image size {self.input_size} is not divisible by patch size {self.patch_size}"
             )
-        k = self.auxiliary_depth
-        if k is not None and not 1 <= k < self.depth:
+        if not isinstance(self.auxiliary_depths, tuple):
+            raise InputError(f"auxiliary_depths is {self.auxiliary_depths!r}: expected a tuple")
+        bounds = (0, *self.auxiliary_depths, self.depth)
+        if not all(low < high for low, high in itertools.pairwise(bounds)):
             raise InputError(
-                f"auxiliary_depth is {k}: expected 1…{self.depth - 1} for {self.depth} blocks "
-                "(or 0 for no auxiliary head)"
+                f"auxiliary_depths is {self.auxiliary_depths}: expected increasing numbers in "
+                f"1…{self.depth - 1} for {self.depth} blocks (or none, for no auxiliary head)"
             )
+
+    @property
+    def stacks(self) -> tuple[tuple[str, int], ...]:
+        """Name and number of blocks of each stack; an auxiliary head follows all but the last."""
+        between = (f"between_{i}" for i in range(1, len(self.auxiliary_depths)))
+        names = ("before", *between, "after")[: len(self.auxiliary_depths) + 1]
+        bounds = itertools.pairwise((0, *self.auxiliary_depths, self.depth))
+        return tuple((name, high - low) for name, (low, high) in zip(names, bounds, strict=True))
+
+    @property
+    def auxiliary_heads(self) -> tuple[str, ...]:
+        """Name of each auxiliary head; the first one's is that of a network with one head."""
+        later = (f"auxiliary_head_{i}" for i in range(2, len(self.auxiliary_depths) + 1))
+        return ("auxiliary_head", *later)[: len(self.auxiliary_depths)]
 
     @property
     def tokens(self) -> int:
@@ -130,7 +128,7 @@ class DiTSpec:
 
     @classmethod
     def of(cls, family: str, size: str, **changes: Any) -> DiTSpec:
-        """Builds a published architecture, e.g. `DiTSpec.of("sit", "xl", auxiliary_depth=8)`.
+        """Builds a published architecture, e.g. `DiTSpec.of("sit", "xl", num_classes=10)`.
 
         Args:
             family: "sit", "dit" or "lightningdit".
@@ -150,7 +148,7 @@ class DiTSpec:
             depth=depth,
             heads=heads,
             num_classes=1000,
-            auxiliary_depth=auxiliary_depth,
+            auxiliary_depths=(auxiliary_depth,),
             norm=options.norm,
             mlp=options.mlp,
             rope=options.rope,
@@ -200,19 +198,15 @@ class DiT(nnx.Module):
         side = spec.input_size // spec.patch_size
         self.position = nnx.Param(jnp.asarray(layers.position_table(side, spec.width)))
         declare(self.position, fixed=True)
-        # Two stacks, so that the auxiliary head can read the stream between them.
-        split = spec.auxiliary_depth or spec.depth
-        self.before = self._stack(split, dtype, rngs)
-        self.after = self._stack(spec.depth - split, dtype, rngs) if split < spec.depth else None
+        # Cut into stacks, so that the auxiliary heads can read the stream between them.
+        for name, depth in spec.stacks:
+            setattr(self, name, self._stack(depth, dtype, rngs))
         heads = dict(width=spec.width, norm=spec.norm, dtype=dtype, rngs=rngs)
         out = patch * spec.channels
-        self.auxiliary_head = (
-            layers.Head(out=out, zero=spec.zero_auxiliary, **heads)
-            if spec.auxiliary_depth
-            else None
-        )
-        if self.auxiliary_head is not None:
-            declare(self.auxiliary_head, head=0)
+        for index, name in enumerate(spec.auxiliary_heads):
+            head = layers.Head(out=out, zero=spec.zero_auxiliary, **heads)
+            declare(head, head=index)
+            setattr(self, name, head)
         self.final_head = layers.Head(out=out * (1 + spec.learned_sigma), zero=True, **heads)
 
     def _stack(self, depth: int, dtype: jnp.dtype, rngs: nnx.Rngs) -> layers.Block:
@@ -266,44 +260,95 @@ class DiT(nnx.Module):
         x: jax.Array,
         t: jax.Array,
         y: jax.Array,
+        *,
+        upto: int | None = None,
         gather: Callable[[str, Params], Params] = _whole,
-    ) -> Prediction:
-        """Predicts from noisy inputs.
+    ) -> Heads:
+        """Predicts from noisy inputs; see `network.Network`.
 
         Args:
             x: (B, H, W, C) noisy latents.
             t: (B,) times as the network expects them: [0, 1] for SiT and LightningDiT, integer
                 steps 0…999 for DiT (`Interpolant.network_time` converts).
             y: (B,) int32 labels; `num_classes` is the null label.
+            upto: None for all heads, or the index of the auxiliary head to stop after.
             gather: `gather(stack, layer)` makes whole what is stored in pieces of one block of the
                 named stack. It is called inside the scan, and again in the backward pass, so that
                 the whole parameters of one block at a time are in memory.
 
         Returns:
-            `Prediction` of float32 arrays shaped like x. Raises `InputError` for a wrong shape.
+            `Heads` of float32 arrays shaped like x. Raises `InputError` for a wrong shape, or if
+            there is no such auxiliary head.
         """
         spec = self.spec
-        expected = (spec.input_size, spec.input_size, spec.channels)
-        if x.shape[1:] != expected:
-            raise InputError(f"input has shape {x.shape[1:]}: this model expects {expected} (HWC)")
+        self._check(x, upto)
         c = self.time_embed(t) + self.label_embed(y)
         tokens = self.patch_embed(layers.patchify(x, spec.patch_size)).astype(jnp.float32)
         tokens = tokens + jax.lax.stop_gradient(self.position[...])
-        tokens = self._run("before", tokens, c, gather)
-        auxiliary = None
-        if self.auxiliary_head is not None:
-            auxiliary = layers.unpatchify(self.auxiliary_head(tokens, c), spec.patch_size)
-            tokens = self._run("after", tokens, c, gather)
+        auxiliary: tuple[jax.Array, ...] = ()
+        for (stack, _), name in zip(spec.stacks, spec.auxiliary_heads, strict=False):
+            tokens = self._run(stack, tokens, c, gather)
+            head = getattr(self, name)
+            auxiliary += (layers.unpatchify(head(tokens, c), spec.patch_size),)
+            if len(auxiliary) - 1 == upto:
+                return Heads(None, auxiliary)
+        tokens = self._run(spec.stacks[-1][0], tokens, c, gather)
         final = layers.unpatchify(self.final_head(tokens, c), spec.patch_size)
         variance = None
         if spec.learned_sigma:
             final, variance = jnp.split(final, 2, axis=-1)
-        return Prediction(final, auxiliary, variance)
+        return Heads(final, auxiliary, variance)
+
+    def _check(self, x: jax.Array, upto: int | None) -> None:
+        spec = self.spec
+        expected = (spec.input_size, spec.input_size, spec.channels)
+        if x.shape[1:] != expected:
+            raise InputError(f"input has shape {x.shape[1:]}: this model expects {expected} (HWC)")
+        count = len(spec.auxiliary_depths)
+        if upto is not None and not 0 <= upto < count:
+            raise InputError(
+                f"upto is {upto}: expected the index of one of {count} auxiliary heads, or None"
+            )
 
 
 def abstract(spec: DiTSpec, **options: Any) -> DiT:
     """Builds a `DiT` of shapes only (no arrays are made), for loading weights or compiling."""
     return nnx.eval_shape(lambda: DiT(spec, **options, rngs=nnx.Rngs(0)))
+
+
+def add_heads(params: Params, spec: DiTSpec, wanted: DiTSpec, fresh: Params) -> Params:
+    """Gives a network further auxiliary heads; pure, so that a training run can start with it.
+
+    Args:
+        params: nested dict of the parameters of a network of `spec`.
+        spec: its architecture.
+        wanted: the same with more auxiliary heads.
+        fresh: nested dict of a newly made network of `wanted`. Only the heads that `spec` lacks are
+            taken from it; the rest may be shapes.
+
+    Returns:
+        `params` with its blocks cut into stacks anew, and those heads of `fresh`. Raises
+        `InputError` if `wanted` lacks a head that `spec` has.
+    """
+    if wanted.auxiliary_depths == spec.auxiliary_depths:
+        return params
+    own = dict(zip(spec.auxiliary_depths, spec.auxiliary_heads, strict=True))
+    if not set(own) <= set(wanted.auxiliary_depths):
+        raise InputError(
+            f"auxiliary_depths is {wanted.auxiliary_depths}: expected {spec.auxiliary_depths}, "
+            "where the network has heads already, and more"
+        )
+    names = {*own.values(), *(name for name, _ in spec.stacks)}
+    extended = {name: part for name, part in params.items() if name not in names}
+    for depth, name in zip(wanted.auxiliary_depths, wanted.auxiliary_heads, strict=True):
+        extended[name] = params[own[depth]] if depth in own else fresh[name]
+    stacks = [params[name] for name, _ in spec.stacks]
+    blocks = stacks[0] if len(stacks) == 1 else jax.tree.map(lambda *a: jnp.concatenate(a), *stacks)
+    first = 0
+    for name, count in wanted.stacks:
+        extended[name] = jax.tree.map(lambda a, i=first, n=count: a[i : i + n], blocks)
+        first += count
+    return extended
 
 
 def forward_flops(spec: DiTSpec) -> int:
@@ -318,8 +363,7 @@ def forward_flops(spec: DiTSpec) -> int:
     block = 4 * n * d * d + 2 * n * n * d + mlp + (6 if spec.shift else 4) * d * d
     out = spec.patch_size**2 * spec.channels
     heads = 2 * d * d + n * d * out * (1 + spec.learned_sigma)
-    if spec.auxiliary_depth:
-        heads += 2 * d * d + n * d * out
+    heads += len(spec.auxiliary_depths) * (2 * d * d + n * d * out)
     return 2 * (spec.depth * block + heads + n * d * out + 256 * d + d * d)
 
 

@@ -4,11 +4,49 @@ parameters beyond their shapes. Nothing outside a network's own file asks for a 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
+import flax.struct
+import jax
 from flax import nnx
 
 from ig_jax.models.functional import Params
+
+
+@flax.struct.dataclass
+class Heads:
+    """What one forward pass predicts; every array has the input's shape, float32.
+
+    Attributes:
+        final: the final head's output, `D_f`; None where the pass stopped before it.
+        auxiliary: the intermediate heads' outputs, `D_i`, in the order of their depth; empty for a
+            network without such heads.
+        variance: the learned-sigma channels of DiT checkpoints (interpolation weight in [−1, 1]
+            between the two variance bounds of Nichol & Dhariwal 2021, eq. 15); None otherwise.
+    """
+
+    final: jax.Array | None
+    auxiliary: tuple[jax.Array, ...] = ()
+    variance: jax.Array | None = None
+
+
+class Network(Protocol):
+    """A network with its parameters, as losses, guidance and samplers call it."""
+
+    def __call__(
+        self, x: jax.Array, t: jax.Array, y: jax.Array, *, upto: int | None = None
+    ) -> Heads:
+        """Predicts from noisy inputs.
+
+        Args:
+            x: (B, …) noisy inputs: latents or pixels (B, H, W, C), or vectors (B, D).
+            t: (B,) times as the network expects them (`Interpolant.network_time` converts).
+            y: (B,) int32 labels; `num_classes` is the null label.
+            upto: None for all heads; k to stop after `Heads.auxiliary[k]`, so that `final` is None
+                and what lies deeper is not computed.
+        """
+        ...
+
 
 # A nested dict like the parameters, with a `Parameter` for each array.
 Layout = dict[str, Any]

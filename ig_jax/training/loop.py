@@ -33,6 +33,7 @@ from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
+from ig_jax.models.network import Network
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
 from ig_jax.streams import numpy_stream, stream
@@ -135,7 +136,7 @@ class HeldOut:
 
 
 def make_validation(
-    bind: Callable[[Params], dit.Network], options: state_lib.StepOptions
+    bind: Callable[[Params], Network], options: state_lib.StepOptions
 ) -> Callable[[Params, HeldOut], tuple[jax.Array, jax.Array]]:
     """Returns the held-out loss: plain targets at fixed times and fixed noise.
 
@@ -229,16 +230,16 @@ def open_batches(
 def initial_network(experiment: Experiment) -> Experiment:
     """The experiment of the workdir `config.train.init_from`, to start training from.
 
-    Raises `InputError` if its architecture differs from this one in anything but that it has no
-    auxiliary head.
+    Raises `InputError` if its architecture differs from this one in anything but that it lacks
+    auxiliary heads.
     """
     workdir = experiment.config.train.init_from
     there = experiment.of_workdir(workdir)
     comparable = there.spec
-    if there.spec.auxiliary_depth is None:
+    if set(there.spec.auxiliary_depths) <= set(experiment.spec.auxiliary_depths):
         comparable = dataclasses.replace(
             there.spec,
-            auxiliary_depth=experiment.spec.auxiliary_depth,
+            auxiliary_depths=experiment.spec.auxiliary_depths,
             zero_auxiliary=experiment.spec.zero_auxiliary,
         )
     for field in dataclasses.fields(comparable):
@@ -254,7 +255,7 @@ def initial_network(experiment: Experiment) -> Experiment:
 def initial_weights(experiment: Experiment, fresh: Params) -> Params:
     """The EMA weights of the workdir `config.train.init_from`, placed on this run's mesh.
 
-    A network there without an auxiliary head gets the fresh one of this run: that is how internal
+    Auxiliary heads that the network there lacks are this run's fresh ones: that is how internal
     guidance is added to a model that was trained without it.
 
     Args:
@@ -268,10 +269,7 @@ def initial_weights(experiment: Experiment, fresh: Params) -> Params:
     checkpoints = Checkpoints(experiment.config.train.init_from, read_only=True)
     params = checkpoints.weights(there.abstract_params())
     checkpoints.close()
-    if there.spec.auxiliary_depth != experiment.spec.auxiliary_depth:
-        from ig_jax.convert.pytorch import add_auxiliary_head_params
-
-        params = add_auxiliary_head_params(params, fresh)
+    params = dit.add_heads(params, there.spec, experiment.spec, fresh)
     places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
     return jax.device_put(params, places)
 

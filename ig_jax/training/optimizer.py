@@ -176,9 +176,7 @@ def make_optimizer(
     groups = parameter_groups(options, layout)
     used = set(jax.tree.leaves(groups))
     if used == {"frozen"}:
-        raise InputError(
-            "trainable is 'auxiliary_head' but the model has no auxiliary head: set auxiliary_depth"
-        )
+        raise InputError("trainable is 'auxiliary_head' but the model has no auxiliary head")
     rate = learning_rate_schedule(options)
     adam_rate = rate
     if options.name == "muon" and options.adam_learning_rate_scale != 1:

@@ -19,9 +19,8 @@ from jax.sharding import PartitionSpec as P
 
 from ig_jax.errors import InputError
 from ig_jax.models import network as network_lib
-from ig_jax.models.dit import Network, Prediction
 from ig_jax.models.functional import Params, merge
-from ig_jax.models.network import Layout, Parameter
+from ig_jax.models.network import Heads, Layout, Network, Parameter
 
 AXES = ("data", "fsdp")
 # Below this many elements a gather costs more than the memory it would save.
@@ -135,7 +134,7 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
         params: its parameters, as `state_sharding` places them.
 
     Returns:
-        `network(x, t, y) -> Prediction` of global arrays whose leading axis the mesh's size
+        `network(x, t, y, upto=None) -> Heads` of global arrays whose leading axis the mesh's size
         divides; to be called, and differentiated, inside `jit`.
     """
     if mesh.size == 1:
@@ -156,13 +155,17 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
 
     late = {"gather": gather} if fsdp > 1 and any(map(in_scan, jax.tree.leaves(layout))) else {}
 
-    def local(params: Params, x: jax.Array, t: jax.Array, y: jax.Array) -> Prediction:
-        whole = jax.tree.map(_gather, jax.tree.map(_apart, params, specs), at_once)
-        return merge(graphdef, whole)(x, t, y, **late)
-
     rows = P(AXES)
-    run = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows)
-    return lambda x, t, y: run(params, x, t, y)
+
+    def run(x: jax.Array, t: jax.Array, y: jax.Array, *, upto: int | None = None) -> Heads:
+        def local(params: Params, x: jax.Array, t: jax.Array, y: jax.Array) -> Heads:
+            whole = jax.tree.map(_gather, jax.tree.map(_apart, params, specs), at_once)
+            return merge(graphdef, whole)(x, t, y, upto=upto, **late)
+
+        in_specs = (specs, rows, rows, rows)
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=rows)(params, x, t, y)
+
+    return run
 
 
 def settle(results: Any) -> Any:

@@ -13,8 +13,8 @@ import optax
 
 from ig_jax.data.pipeline import model_input
 from ig_jax.diffusion import loss as loss_lib
-from ig_jax.models.dit import Network
 from ig_jax.models.functional import Params
+from ig_jax.models.network import Network
 from ig_jax.streams import stream
 from ig_jax.training import optimizer as optimizer_lib
 

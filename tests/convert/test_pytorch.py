@@ -20,12 +20,12 @@ from flax import nnx
 
 from ig_jax.convert.pytorch import (
     add_auxiliary_head,
-    add_auxiliary_head_params,
     from_pytorch,
     to_pytorch,
 )
 from ig_jax.errors import InputError
 from ig_jax.models import functional
+from ig_jax.models.dit import add_heads
 from ig_jax.storage import weight_files
 from tests.common import golden
 from tests.release import random_weights, release_shapes, rope_buffers
@@ -86,7 +86,7 @@ def test_every_combination_is_recognised_and_comes_back(family, patch, auxiliary
             depth=3,
             heads=2,
             num_classes=5,
-            auxiliary_depth=depth,
+            auxiliary_depths=(depth,) if depth else (),
             norm="rms" if lightning else "layer",
             mlp="swiglu" if lightning else "gelu",
             rope=lightning,
@@ -203,7 +203,7 @@ def test_rotary_buffers_show_the_number_of_heads():
 def test_published_sizes_need_no_arguments():
     shape = dict(SHAPE, width=384, depth=12, patch=2, channels=4, tokens=4, heads=6)
     spec = from_pytorch(random_weights(release_shapes(**shape))).spec
-    assert (spec.family, spec.heads, spec.auxiliary_depth) == ("sit", 6, 4)
+    assert (spec.family, spec.heads, spec.auxiliary_depths) == ("sit", 6, (4,))
 
 
 def test_learned_sigma_is_taken_for_dit_with_a_warning(sit):
@@ -288,7 +288,16 @@ def test_faulty_weights_are_named(sit, change, words):
         ("sit", dict(auxiliary_depth=1), "heads cannot be told for width 24.*give heads"),
         ("sit", dict(heads=2), "depth cannot be told for 3 blocks of width 24: give auxiliary_de"),
         ("sit", dict(heads=5, auxiliary_depth=1), "width 24 is not divisible by heads 5"),
-        ("sit", dict(heads=2, auxiliary_depth=3), "auxiliary_depth is 3: expected 1…2"),
+        (
+            "sit",
+            dict(heads=2, auxiliary_depth=3),
+            r"auxiliary_depths is \(3,\): expected incr.*1…2",
+        ),
+        (
+            "sit",
+            dict(heads=2, auxiliary_depth=(1, 2)),
+            "auxiliary_depth is 1, 2, but there is 1 of",
+        ),
         ("sit", GIVEN | dict(family="lightningdit"), "not a lightningdit checkpoint"),
         ("sit", GIVEN | dict(family="siT"), "unknown model 'siT': expected one of sit, dit"),
         ("lightningdit", GIVEN | dict(family="sit"), "not a sit checkpoint: only LightningDiT has"),
@@ -350,13 +359,14 @@ def test_fresh_auxiliary_head_keeps_the_final_prediction(lightning):
     x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
     args = (x, jnp.array([0.1, 0.8]), jnp.array([4, 5]))
     before = forward(plain, *args)
-    assert before.auxiliary is None and plain.spec.auxiliary_depth is None
+    assert before.auxiliary == () and plain.spec.auxiliary_depths == ()
     model = add_auxiliary_head(plain, 2, nnx.Rngs(0))
     after = forward(model, *args)
     np.testing.assert_allclose(after.final, before.final, rtol=1e-5, atol=1e-5)
-    assert after.auxiliary.shape == x.shape
+    (auxiliary,) = after.auxiliary
+    assert auxiliary.shape == x.shape
     # The LightningDiT release does not start its auxiliary head at zero.
-    assert np.any(after.auxiliary) == lightning
+    assert np.any(auxiliary) == lightning
     exported = to_pytorch(model)
     assert {name for name in exported if name not in weights} == {
         name for name in exported if name.startswith("final_layer_xr.")
@@ -375,28 +385,49 @@ def test_fresh_auxiliary_head_keeps_the_final_prediction(lightning):
 def test_auxiliary_head_is_added_once_and_inside(sit):
     model = from_pytorch(sit, **GIVEN)
     with pytest.raises(InputError, match="has an auxiliary head after block 1 already"):
-        add_auxiliary_head(model, 2, nnx.Rngs(0))
+        add_auxiliary_head(model, 1, nnx.Rngs(0))
     plain = {name: array for name, array in sit.items() if "final_layer_xr" not in name}
-    with pytest.raises(InputError, match="auxiliary_depth is 3: expected 1…2"):
+    with pytest.raises(InputError, match=r"auxiliary_depths is \(3,\): expected incr.*1…2"):
         add_auxiliary_head(from_pytorch(plain, heads=2), 3, nnx.Rngs(0))
     with pytest.raises(InputError, match="auxiliary_depth is 1, but there is no auxiliary head"):
         from_pytorch(plain, **GIVEN)
 
 
-def test_parameters_alone_get_a_head_inside_a_compiled_function(sit):
+def test_several_heads_come_back_under_names_of_our_own(sit):
+    second = {
+        name.replace("_xr.", "_xr_2."): array + 1
+        for name, array in sit.items()
+        if name.startswith("final_layer_xr.")
+    }
+    with pytest.raises(InputError, match="the 2 heads' depths cannot be told.*depth, 1…2"):
+        from_pytorch(sit | second, heads=2)
+    model = from_pytorch(sit | second, heads=2, auxiliary_depth=(1, 2))
+    assert model.spec.auxiliary_depths == (1, 2)
+    weights = to_pytorch(model)
+    assert_same(dict(sorted(weights.items())), dict(sorted((sit | second).items())))
+    args = (jax.random.normal(jax.random.key(0), (2, 6, 6, 3)), jnp.ones(2), jnp.array([4, 5]))
+    both = forward(model, *args)
+    # The second head is where it says, and the first one where it was.
+    moved = {name.replace("_xr_2.", "_xr."): array for name, array in second.items()}
+    for i, weights, depth in ((0, sit, 1), (1, sit | moved, 2)):
+        alone = forward(from_pytorch(weights, heads=2, auxiliary_depth=depth), *args)
+        np.testing.assert_allclose(both.auxiliary[i], alone.auxiliary[0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(both.final, alone.final, rtol=1e-5, atol=1e-5)
+    fresh = add_auxiliary_head(from_pytorch(sit, heads=2, auxiliary_depth=2), 1, nnx.Rngs(0))
+    old, new = to_pytorch(fresh)["final_layer_xr_2.linear.weight"], "final_layer_xr.linear.weight"
+    np.testing.assert_array_equal(old, sit[new])
+    assert not to_pytorch(fresh)[new].any()
+
+
+def test_parameters_alone_get_heads_inside_a_compiled_function(sit):
     plain = {name: array for name, array in sit.items() if "final_layer_xr" not in name}
-    _, params = functional.split(from_pytorch(plain, heads=2))
-    _, fresh = functional.split(from_pytorch(sit, heads=2, auxiliary_depth=2))
+    model, with_head = from_pytorch(plain, heads=2), from_pytorch(sit, heads=2, auxiliary_depth=2)
+    (_, params), (_, fresh) = map(functional.split, (model, with_head))
     zeros = jax.tree.map(jnp.zeros_like, fresh) | {"auxiliary_head": fresh["auxiliary_head"]}
-    actual = jax.jit(add_auxiliary_head_params)(params, zeros)
-    jax.tree.map(np.testing.assert_array_equal, actual, fresh)
-    with pytest.raises(InputError, match="has an auxiliary head already"):
-        add_auxiliary_head_params(fresh, fresh)
-    with pytest.raises(InputError, match="fresh network has no auxiliary head"):
-        add_auxiliary_head_params(params, params)
-    wider = jax.eval_shape(lambda tree: jax.tree.map(lambda a: jnp.repeat(a, 2, -1), tree), fresh)
-    with pytest.raises(InputError, match=r"out.bias has \(1, 24\), expected \(1, 48"):
-        add_auxiliary_head_params(params, wider)
+    add = jax.jit(lambda params, fresh: add_heads(params, model.spec, with_head.spec, fresh))
+    jax.tree.map(np.testing.assert_array_equal, add(params, zeros), fresh)
+    with pytest.raises(InputError, match=r"auxiliary_depths is \(\): expected \(2,\), where"):
+        add_heads(fresh, with_head.spec, model.spec, params)
 
 
 FULL_SIZE = """

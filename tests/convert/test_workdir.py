@@ -119,7 +119,7 @@ def test_published_networks_get_their_recipe(family):
 
 
 def test_larger_pictures_and_no_head():
-    config = config_for(DiTSpec.of("sit", "b", input_size=64, auxiliary_depth=None))
+    config = config_for(DiTSpec.of("sit", "b", input_size=64, auxiliary_depths=()))
     assert (config.model.size, config.model.width, config.model.auxiliary_depth) == ("b", 0, 0)
     assert (config.data.image_size, config.data.autoencoder) == (512, "sd-vae-ft-ema")
 

@@ -6,19 +6,19 @@ import pytest
 from ig_jax.diffusion import guidance as g
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
-from ig_jax.models.dit import Prediction
+from ig_jax.models.network import Heads
 
 
 @pytest.fixture(scope="module")
 def branches():
     a, b, c, d = jax.random.normal(jax.random.key(0), (4, 3, 2, 2, 1))
-    return Prediction(a, b), Prediction(c, d)
+    return Heads(a, (b,)), Heads(c, (d,))
 
 
 def test_formula(branches):
     conditional, unconditional = branches
     w, s = 1.7, 1.3
-    dw = [p.auxiliary + w * (p.final - p.auxiliary) for p in (conditional, unconditional)]
+    dw = [p.auxiliary[0] + w * (p.final - p.auxiliary[0]) for p in (conditional, unconditional)]
     np.testing.assert_allclose(g.guide(conditional, None, w, s), dw[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
         g.guide(conditional, unconditional, w, s),
@@ -40,7 +40,7 @@ def test_scale_one_is_exactly_no_guidance(branches):
 def test_scale_zero_is_the_auxiliary_head(branches):
     conditional, _ = branches
     np.testing.assert_allclose(
-        g.guide(conditional, None, 0.0, 1.0), conditional.auxiliary, rtol=1e-5, atol=1e-6
+        g.guide(conditional, None, 0.0, 1.0), conditional.auxiliary[0], rtol=1e-5, atol=1e-6
     )
 
 
@@ -72,10 +72,10 @@ def test_bad_intervals(interval):
 
 def test_autoguidance_replaces_the_auxiliary_head():
     def strong(x, t, y):
-        return Prediction(x, x * 100)
+        return Heads(x, (x * 100,))
 
     def weak(x, t, y):
-        return Prediction(x * 0.5, None)
+        return Heads(x * 0.5)
 
     field = g.GuidedVelocity(
         strong, jnp.zeros(2, jnp.int32), 10, interpolant.get("linear"), "velocity", weak
@@ -83,6 +83,11 @@ def test_autoguidance_replaces_the_auxiliary_head():
     x = jnp.ones((2, 1, 1, 1))
     out = field(x, jnp.full(2, 0.5), 2.0, 1.0, False)
     np.testing.assert_allclose(out.velocity, 0.5 + 2 * (1 - 0.5))
+
+
+def pair(outputs):
+    final, auxiliary = outputs
+    return Heads(final, (auxiliary,))
 
 
 @pytest.mark.parametrize("path", list(interpolant.INTERPOLANTS))
@@ -93,7 +98,7 @@ def test_guiding_any_prediction_guides_the_velocity(path):
     x_t, *heads = jax.random.normal(jax.random.key(3), (5, 2, 2, 2, 1))
     for prediction in ("noise", "data"):
         convert = lambda h, kind=prediction: interpolant.velocity_from(path, kind, h, x_t, t)  # noqa: E731
-        raw = g.guide(Prediction(*heads[:2]), Prediction(*heads[2:]), 1.6, 1.4)
+        raw = g.guide(pair(heads[:2]), pair(heads[2:]), 1.6, 1.4)
         velocities = [convert(h) for h in heads]
-        guided = g.guide(Prediction(*velocities[:2]), Prediction(*velocities[2:]), 1.6, 1.4)
+        guided = g.guide(pair(velocities[:2]), pair(velocities[2:]), 1.6, 1.4)
         np.testing.assert_allclose(convert(raw), guided, rtol=2e-3, atol=2e-3)

@@ -7,7 +7,7 @@ import pytest
 
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.diffusion import interpolant, loss
-from ig_jax.models.dit import Prediction
+from ig_jax.models.network import Heads
 from tests.common import golden, nhwc, relative_error
 
 
@@ -51,19 +51,19 @@ def test_lightningdit_losses_equal_the_release(variant):
 @pytest.fixture(scope="module")
 def heads():
     final, auxiliary, target = jax.random.normal(jax.random.key(0), (3, 4, 2, 2, 3))
-    return Prediction(final, auxiliary), target
+    return Heads(final, (auxiliary,)), target
 
 
 def test_guided_target_moves_the_final_head_only(heads):
     prediction, target = heads
     options = loss.LossOptions(guided_target_scale=0.7)
     found = loss.losses_from(prediction, target, options, 0.7)
-    moved = target + 0.7 * (prediction.final - prediction.auxiliary)
+    moved = target + 0.7 * (prediction.final - prediction.auxiliary[0])
     np.testing.assert_allclose(
         found.final, jnp.square(prediction.final - moved).mean((1, 2, 3)), rtol=1e-5
     )
     np.testing.assert_allclose(
-        found.auxiliary, jnp.square(prediction.auxiliary - target).mean((1, 2, 3)), rtol=1e-5
+        found.auxiliary, jnp.square(prediction.auxiliary[0] - target).mean((1, 2, 3)), rtol=1e-5
     )
 
     def final_loss(prediction):
@@ -71,7 +71,7 @@ def test_guided_target_moves_the_final_head_only(heads):
 
     gradient = jax.grad(final_loss)(prediction)
     # Stop-gradient: the auxiliary head feels nothing, the final head only its own residual.
-    np.testing.assert_array_equal(gradient.auxiliary, 0)
+    np.testing.assert_array_equal(gradient.auxiliary[0], 0)
     np.testing.assert_allclose(gradient.final, 2 * (prediction.final - moved) / 12, rtol=1e-4)
 
 
@@ -86,9 +86,24 @@ def test_auxiliary_weight_and_headless_network(heads):
     prediction, target = heads
     found = loss.losses_from(prediction, target, loss.LossOptions(auxiliary_weight=0.25), 0.0)
     np.testing.assert_allclose(found.total, found.final + 0.25 * found.auxiliary, rtol=1e-6)
-    alone = loss.losses_from(prediction.replace(auxiliary=None), target, loss.LossOptions(), 0.0)
+    alone = loss.losses_from(prediction.replace(auxiliary=()), target, loss.LossOptions(), 0.0)
     np.testing.assert_array_equal(alone.auxiliary, 0)
     np.testing.assert_array_equal(alone.total, alone.final)
+
+
+def test_several_heads_share_the_weight_and_the_first_is_the_weak_one(heads):
+    prediction, target = heads
+    other = prediction.auxiliary[0] * 2 + 1
+    both = prediction.replace(auxiliary=(*prediction.auxiliary, other))
+    options = loss.LossOptions(auxiliary_weight=0.25, guided_target_scale=0.7)
+    found = loss.losses_from(both, target, options, 0.7)
+    first, second = (
+        loss.losses_from(prediction.replace(auxiliary=(head,)), target, options, 0.7)
+        for head in both.auxiliary
+    )
+    np.testing.assert_allclose(found.auxiliary, (first.auxiliary + second.auxiliary) / 2, rtol=1e-6)
+    np.testing.assert_allclose(found.total, found.final + 0.25 * found.auxiliary, rtol=1e-6)
+    np.testing.assert_array_equal(found.final, first.final)
 
 
 def test_label_dropout_rate():
@@ -100,7 +115,7 @@ def test_label_dropout_rate():
 
 def test_random_losses_depend_on_the_key_alone():
     def network(x, t, y):
-        return Prediction(x * t[:, None, None, None], x + y[:, None, None, None])
+        return Heads(x * t[:, None, None, None], (x + y[:, None, None, None],))
 
     x = jnp.ones((8, 2, 2, 3))
     labels = jnp.arange(8)

@@ -10,7 +10,7 @@ from ig_jax.diffusion import guidance as g
 from ig_jax.diffusion import interpolant, sampler
 from ig_jax.diffusion.guidance import Guidance, GuidedVelocity
 from ig_jax.errors import InputError
-from ig_jax.models.dit import Prediction
+from ig_jax.models.network import Heads
 from tests.common import golden, nhwc, relative_error
 
 
@@ -115,7 +115,7 @@ def exact(path, prediction="velocity"):
         da, ds = path.alpha_rate(t), path.sigma_rate(t)
         velocity = da[:, None, None, None] * data + ds[:, None, None, None] * noise
         out = {"velocity": velocity, "noise": noise, "data": data}[prediction]
-        return Prediction(out, out)
+        return Heads(out, (out,))
 
     return network
 
@@ -198,7 +198,7 @@ def test_unconditional_branch_is_computed_only_inside_its_interval():
 
     def spy(x, t, y):
         jax.debug.callback(lambda n=x.shape[0]: sizes.append(n))
-        return Prediction(x, x)
+        return Heads(x, (x,))
 
     sample(spy, Guidance(1.5, (0, 1), 2.0, (0.2, 0.6)), name="euler", steps=10)
     jax.effects_barrier()

@@ -14,8 +14,9 @@ from flax import nnx
 
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional
+from ig_jax.models import dit, functional, network
 from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.models.network import Heads
 from tests.common import golden, nhwc, relative_error
 from tests.release import random_weights, release_shapes
 
@@ -35,7 +36,7 @@ def inputs(variant: str) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @nnx.jit
-def forward(model: DiT, *args: jax.Array) -> dit.Prediction:
+def forward(model: DiT, *args: jax.Array) -> Heads:
     return model(*args)
 
 
@@ -43,8 +44,9 @@ def forward(model: DiT, *args: jax.Array) -> dit.Prediction:
 def test_forward_equals_the_release(variant):
     numbers = golden(variant.format("forward"))
     prediction = forward(load(variant), *inputs(variant))
-    for head in ("final", "auxiliary"):
-        assert relative_error(getattr(prediction, head), nhwc(numbers[f"outputs/{head}"])) < 1e-5
+    (auxiliary,) = prediction.auxiliary
+    for name, head in (("final", prediction.final), ("auxiliary", auxiliary)):
+        assert relative_error(head, nhwc(numbers[f"outputs/{name}"])) < 1e-5
     assert prediction.variance is None
 
 
@@ -61,7 +63,7 @@ def run_and_differentiate(**options):
 
     def loss(params):
         prediction = functional.merge(graphdef, params)(*args)
-        return jnp.square(prediction.final).sum() + prediction.auxiliary.sum(), prediction
+        return jnp.square(prediction.final).sum() + prediction.auxiliary[0].sum(), prediction
 
     lowered = jax.jit(jax.grad(loss, has_aux=True)).lower(params)
     return lowered.compile(QUICK)(params), lowered.as_text()
@@ -101,15 +103,15 @@ def test_learned_sigma_splits_channels():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
 
     @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-    def run(graphdef: nnx.GraphDef, params: functional.Params) -> dit.Prediction:
+    def run(graphdef: nnx.GraphDef, params: functional.Params) -> Heads:
         model = functional.merge(graphdef, params)
         return model(x, jnp.array([3.0, 999.0]), jnp.array([0, 5]))
 
-    def predict(weights: dict[str, np.ndarray]) -> dit.Prediction:
+    def predict(weights: dict[str, np.ndarray]) -> Heads:
         return run(*functional.split(from_pytorch(weights, heads=2, family="dit")))
 
     both = predict(wide)
-    assert both.auxiliary is None
+    assert both.auxiliary == ()
     for channels, actual in ((slice(0, 3), both.final), (slice(3, 6), both.variance)):
         narrow = dict(wide)
         for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
@@ -125,24 +127,24 @@ def test_learned_sigma_splits_channels():
 )
 def test_fresh_network_starts_as_published(family, auxiliary_is_zero):
     spec = DiTSpec.of(
-        family, "s", width=16, depth=3, heads=2, auxiliary_depth=1, input_size=4, num_classes=5
+        family, "s", width=16, depth=3, heads=2, auxiliary_depths=(1,), input_size=4, num_classes=5
     )
 
     @functools.partial(jax.jit, compiler_options=QUICK)
-    def fresh() -> dit.Prediction:
+    def fresh() -> Heads:
         x = jax.random.normal(jax.random.key(0), (2, 4, 4, spec.channels))
         return DiT(spec, rngs=nnx.Rngs(0))(x, jnp.array([0.2, 0.7]), jnp.array([1, 5]))
 
     prediction = fresh()
     assert not np.any(prediction.final)
-    assert np.any(prediction.auxiliary) != auxiliary_is_zero
+    assert np.any(prediction.auxiliary[0]) != auxiliary_is_zero
 
 
 @pytest.mark.parametrize(
     ("family", "size", "options", "published"),
     [
         # 675 129 632 is what the DiT and SiT authors' programs print for their XL/2 networks.
-        ("dit", "xl", dict(learned_sigma=True, auxiliary_depth=None), 675_129_632),
+        ("dit", "xl", dict(learned_sigma=True, auxiliary_depths=()), 675_129_632),
         ("sit", "b", {}, None),
         ("sit", "xl", {}, None),
         ("lightningdit", "xl", {}, None),
@@ -163,7 +165,7 @@ def test_parameter_counts_are_the_releases(family, size, options, published):
         qk_norm=spec.qk_norm,
         shift=spec.shift,
         learned_sigma=spec.learned_sigma,
-        auxiliary=spec.auxiliary_depth is not None,
+        auxiliary=bool(spec.auxiliary_depths),
     )
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     _, params = functional.split(dit.abstract(spec))
@@ -171,12 +173,51 @@ def test_parameter_counts_are_the_releases(family, size, options, published):
     assert published in (None, count)
 
 
+def test_parameter_names_are_those_of_older_checkpoints():
+    """A network with one head, or none, is stored under the names it always had."""
+    shared = {"patch_embed", "time_embed", "label_embed", "position", "final_head", "before"}
+    for depths, more in (
+        ((), set()),
+        ((1,), {"after", "auxiliary_head"}),
+        ((1, 2), {"between_1", "after", "auxiliary_head", "auxiliary_head_2"}),
+    ):
+        spec = dataclasses.replace(SPEC, auxiliary_depths=depths)
+        graphdef, params = functional.split(dit.abstract(spec))
+        assert set(params) == shared | more
+        facts = network.layout(graphdef, params)
+        heads = {name: {p.head for p in jax.tree.leaves(part)} for name, part in facts.items()}
+        named = {"auxiliary_head": {0}, "auxiliary_head_2": {1}}
+        assert heads == {name: named.get(name, {None}) for name in params}
+        stacks = ("before", "between_1", "after")
+        for name, part in facts.items():
+            assert {p.stacked for p in jax.tree.leaves(part)} == {name in stacks}
+
+
+def test_stopping_at_a_head_computes_nothing_deeper():
+    spec = DiTSpec.of("sit", "s", width=32, depth=6, heads=2, auxiliary_depths=(1, 3), input_size=4)
+    graphdef, shapes = functional.split(dit.abstract(spec, scan_blocks=False))
+    args = (jnp.ones((2, 4, 4, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
+
+    def lower(upto):
+        run = jax.jit(lambda params, *args: functional.merge(graphdef, params)(*args, upto=upto))
+        return run.lower(shapes, *args)
+
+    everything = lower(None).cost_analysis()["flops"]
+    for upto, share in ((0, 1 / 6), (1, 3 / 6)):
+        stopped = lower(upto)
+        assert stopped.out_info.final is None and len(stopped.out_info.auxiliary) == upto + 1
+        assert stopped.cost_analysis()["flops"] < (share + 0.1) * everything
+    for upto in (-1, 2):
+        with pytest.raises(InputError, match=f"upto is {upto}: expected the index of one of 2 aux"):
+            lower(upto)
+
+
 def test_flops_of_the_published_network():
     flops = dit.forward_flops(DiTSpec.of("sit", "xl"))
     assert abs(flops / 237e9 - 1) < 0.01
 
 
-SPEC = DiTSpec.of("sit", "s", width=16, depth=3, heads=2, auxiliary_depth=1, input_size=4)
+SPEC = DiTSpec.of("sit", "s", width=16, depth=3, heads=2, auxiliary_depths=(1,), input_size=4)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +227,14 @@ SPEC = DiTSpec.of("sit", "s", width=16, depth=3, heads=2, auxiliary_depth=1, inp
         (dict(heads=3), r"width 16 is not divisible by heads 3"),
         (dict(depth=0), r"depth is 0: expected at least 1"),
         (dict(patch_size=3), r"image size 4 is not divisible by patch size 3"),
-        (dict(auxiliary_depth=3), r"auxiliary_depth is 3: expected 1…2 for 3 blocks"),
+        (
+            dict(auxiliary_depths=(3,)),
+            r"auxiliary_depths is \(3,\): expected increasing .* 1…2 for 3",
+        ),
+        (dict(auxiliary_depths=(0, 1)), r"auxiliary_depths is \(0, 1\): expected increasing"),
+        (dict(auxiliary_depths=(2, 1)), r"auxiliary_depths is \(2, 1\): expected increasing"),
+        (dict(auxiliary_depths=(1, 1)), r"auxiliary_depths is \(1, 1\): expected increasing"),
+        (dict(auxiliary_depths=1), r"auxiliary_depths is 1: expected a tuple"),
         (dict(rope=True, heads=8), r"head width 2 is not divisible by 4"),
         (dict(family="lightningdot"), r"'lightningdot'.*did you mean lightningdit"),
     ],

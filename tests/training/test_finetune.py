@@ -21,8 +21,9 @@ def headless(tmp_path_factory):
     return workdir, Checkpoints(str(workdir), read_only=True).weights(experiment.abstract_params())
 
 
-def finetune(headless, workdir, trainable, steps=4):
+def finetune(headless, workdir, trainable, steps=4, depths=1):
     config = tiny_config(num_steps=steps, validate_every=0, init_from=str(headless[0]))
+    config.model.auxiliary_depth = depths
     config.optimizer.update(trainable=trainable, learning_rate=1e-2)
     return loop.train(config, str(workdir))
 
@@ -32,22 +33,18 @@ def equal(a, b):
 
 
 def trunk(params):
-    """Parameters of everything but the auxiliary head, with the blocks as one stack."""
-    params = dict(jax.device_get(params))
-    params.pop("auxiliary_head", None)
-    if "after" in params:
-        after = params.pop("after")
-        params["before"] = jax.tree.map(
-            lambda a, b: np.concatenate([a, b]), params["before"], after
-        )
-    return params
+    """Parameters of everything but the auxiliary heads, with the blocks as one stack."""
+    params = {k: v for k, v in jax.device_get(params).items() if not k.startswith("auxiliary")}
+    stacks = [params.pop(name) for name in ("before", "between_1", "after") if name in params]
+    return params | {"blocks": jax.tree.map(lambda *a: np.concatenate(a), *stacks)}
 
 
-def test_the_head_alone(headless, tmp_path):
-    trainer = finetune(headless, tmp_path, "auxiliary_head")
+def test_the_heads_alone(headless, tmp_path):
+    trainer = finetune(headless, tmp_path, "auxiliary_head", depths=(1, 2))
     assert equal(trunk(trainer.ema), trunk(headless[1]))
-    head = jax.device_get(trainer.ema["auxiliary_head"])
-    assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(head)) > 0
+    for name in ("auxiliary_head", "auxiliary_head_2"):
+        leaves = jax.tree.leaves(jax.device_get(trainer.ema[name]))
+        assert max(np.abs(leaf).max() for leaf in leaves) > 0
 
 
 def test_everything(headless, tmp_path):
