@@ -25,8 +25,8 @@ from ig_jax.models import autoencoder, dit, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
 from ig_jax.models.pixels import Pixels, to_uint8
+from ig_jax.parallel import sharding
 from ig_jax.paths import check_writable
-from ig_jax.training import sharding
 from ig_jax.training.checkpoint import saved_config, saved_source
 
 _ENCODER_BATCH = 64

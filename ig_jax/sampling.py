@@ -28,10 +28,10 @@ from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params, merge
+from ig_jax.parallel import sharding
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
 from ig_jax.streams import numpy_stream
-from ig_jax.training import sharding
 from ig_jax.training.checkpoint import Checkpoints
 
 

@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 from ig_jax import config as config_lib
 from ig_jax import sampling
 from ig_jax.experiment import Experiment
-from ig_jax.training import loop, sharding
+from ig_jax.parallel import sharding
+from ig_jax.training import loop
 from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config

@@ -20,7 +20,7 @@ from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
 from ig_jax.models.autoencoder import AutoencoderSpec
 from ig_jax.models.pixels import to_uint8
-from ig_jax.training import sharding
+from ig_jax.parallel import sharding
 from tests.common import relative_error
 from tests.release import random_weights, release_shapes
 

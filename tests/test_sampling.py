@@ -12,7 +12,8 @@ from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import split
-from ig_jax.training import loop, sharding
+from ig_jax.parallel import sharding
+from ig_jax.training import loop
 from tests.common import tiny_config
 
 

@@ -22,10 +22,11 @@ from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
+from ig_jax.parallel import sharding
 from ig_jax.plan import topology
 from ig_jax.plan.hlo import Collective, collectives
 from ig_jax.plan.topology import GIB
-from ig_jax.training import loop, sharding
+from ig_jax.training import loop
 
 
 @dataclasses.dataclass(frozen=True)

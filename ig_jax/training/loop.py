@@ -34,12 +34,12 @@ from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
 from ig_jax.models.network import Network
+from ig_jax.parallel import sharding
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
 from ig_jax.streams import numpy_stream, stream
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
-from ig_jax.training import sharding
 from ig_jax.training import state as state_lib
 from ig_jax.training.checkpoint import Checkpoints, Score
 

@@ -15,7 +15,7 @@ from ig_jax.config import default_config, model_options
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
-from ig_jax.training import sharding
+from ig_jax.parallel import sharding
 from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.state import TrainState
 

@@ -12,8 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ig_jax.parallel import processes
-from ig_jax.training import sharding
+from ig_jax.parallel import processes, sharding
 from ig_jax.training.checkpoint import Checkpoints
 from tests import meshes
 from tests.parallel.test_processes import environment, free_port, place

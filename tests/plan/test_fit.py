@@ -10,8 +10,8 @@ from ig_jax.data import images, pipeline, prepare
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import layers
+from ig_jax.parallel import sharding
 from ig_jax.plan import fit, topology
-from ig_jax.training import sharding
 from tests import meshes
 from tests.common import tiny_config
 from tests.data.common import OPTIONS, encode, make_tree

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ig_jax.parallel import sharding
 from ig_jax.plan import hlo
-from ig_jax.training import sharding
 
 
 def exchanged(function, shape, spec, mesh=None):

@@ -210,7 +210,7 @@ def test_muon_on_every_shape_equals_the_release():
 
 @pytest.mark.parametrize("patch", [1, 2])
 def test_the_network_declares_its_patch_embedding_a_convolution(patch):
-    spec = DiTSpec.of("sit", "s", width=16, depth=1, heads=2, input_size=4, auxiliary_depth=None)
+    spec = DiTSpec.of("sit", "s", width=16, depth=1, heads=2, input_size=4, auxiliary_depths=())
     spec = dataclasses.replace(spec, patch_size=patch)
     facts = layout(*split(abstract(spec)))["patch_embed"]["kernel"]
     assert (facts.shape, facts.unflattened) == ((4 * patch**2, 16), (patch, patch, 4, 16))
