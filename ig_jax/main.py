@@ -33,16 +33,16 @@ def _train(config: ConfigDict, workdir: str) -> str:
     return loop.run(config, workdir)
 
 
-def _sample(config: ConfigDict, workdir: str, step: int | str) -> str:
+def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
     from ig_jax import sampling
 
-    return sampling.run(config, workdir, step)
+    return sampling.run(config, workdir, which)
 
 
-def _evaluate(config: ConfigDict, workdir: str, step: int | str) -> str:
+def _evaluate(config: ConfigDict, workdir: str, which: int | str) -> str:
     from ig_jax.evaluation import evaluate
 
-    return evaluate.run(config, workdir, step)
+    return evaluate.run(config, workdir, which)
 
 
 def _prepare(config: ConfigDict, workdir: str) -> str:
@@ -51,10 +51,10 @@ def _prepare(config: ConfigDict, workdir: str) -> str:
     return experiment.run_prepare(config, workdir)
 
 
-def _sweep(config: ConfigDict, workdir: str, step: int | str) -> str:
+def _sweep(config: ConfigDict, workdir: str, which: int | str) -> str:
     from ig_jax.evaluation import sweep
 
-    return sweep.run(config, workdir, step)
+    return sweep.run(config, workdir, which)
 
 
 def _compile(config: ConfigDict, workdir: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import tempfile
 
 from etils import epath
 
@@ -40,7 +41,7 @@ def resolve(path: epath.PathLike) -> epath.Path:
 
 
 def check_writable(path: epath.PathLike, name: str) -> None:
-    """Raises `InputError` unless a folder is, or can be made, at a local path; writes nothing.
+    """Raises `InputError` unless a folder is, or can be made, at a local path; leaves nothing.
 
     Args:
         path: the folder; of a bucket nothing can be said beforehand.
@@ -63,8 +64,14 @@ def check_writable(path: epath.PathLike, name: str) -> None:
             f"{name} is {shown}: expected names of at most {longest} bytes, one has "
             f"{len(os.fsencode(too_long[0]))}"
         )
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise InputError(f"{name} is {shown}: {nearest} is read-only, expected a writable folder")
+    try:
+        # Permissions say too little: read-only mounts, quotas, the superuser, network drives.
+        os.rmdir(tempfile.mkdtemp(prefix=".ig_jax-", dir=nearest))
+    except OSError as error:
+        raise InputError(
+            f"{name} is {shown}: {nearest} cannot be written to ({error.strerror}), expected a "
+            "writable folder"
+        ) from error
 
 
 def check_workdir(path: epath.PathLike) -> None:

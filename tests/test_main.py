@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import subprocess
@@ -8,8 +9,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from ig_jax import config as config_lib
-from ig_jax import main
+from ig_jax import main, sampling
 from ig_jax.errors import InputError
+from ig_jax.evaluation import evaluate, sweep
+from ig_jax.training import loop
 from tests.common import tiny_config
 from tests.test_paths import save
 
@@ -105,15 +108,22 @@ def test_paths_as_typed(tmp_path, prefix, suffix):
 
 @pytest.fixture
 def called(monkeypatch):
-    """What modes are called with, in their place; flags are as before afterwards."""
+    """What the rooms are called with, in their place; flags are as before afterwards."""
     calls = []
 
-    def stand_in(config, workdir, **arguments):
-        calls.append((workdir, arguments))
-        return ""
+    def replace(room):
+        names = inspect.signature(room.run)
 
-    for mode, (line, _) in main.MODES.items():
-        monkeypatch.setitem(main.MODES, mode, (line, stand_in))
+        def stand_in(*arguments):
+            values = dict(names.bind(*arguments).arguments)
+            del values["config"]
+            calls.append(values)
+            return ""
+
+        monkeypatch.setattr(room, "run", stand_in)
+
+    for room in (loop, sampling, evaluate, sweep):
+        replace(room)
     with flagsaver.flagsaver():
         yield calls
 
@@ -132,7 +142,7 @@ def call(mode, *arguments, **evaluation):
 def test_step(called, tmp_path, mode, step, found):
     save(tmp_path, 2, 4, 7, 9, scores={4: 0.1, 7: 0.2})
     call(mode, f"--workdir={tmp_path}/checkpoints/", *step)
-    assert called == [(str(tmp_path), {"which": found})]
+    assert called == [{"workdir": str(tmp_path), "which": found}]
 
 
 @pytest.mark.parametrize(

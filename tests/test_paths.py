@@ -1,5 +1,6 @@
 """Paths as people type them, for every flag, config field and function that takes one."""
 
+import errno
 import functools
 import os
 import pathlib
@@ -188,7 +189,8 @@ def test_writable_folders(home, folder):
         ("dangling/a", "dangling is a link to nothing, expected a folder"),
         ("n" * 300, "expected names of at most 255 bytes, one has 300"),
         ("ü" * 128 + "/a", "expected names of at most 255 bytes, one has 256"),
-        ("locked/a", "locked is read-only, expected a writable folder"),
+        ("locked/a", r"locked cannot be written to \(Read-only file system\), expected a writable"),
+        ("locked", r"locked cannot be written to \(Read-only file system\), expected a writable"),
         ("runs [1]/a", r"expected a path without \[ and \]"),
         ("caf\udce9", r"the workdir is 'caf\\udce9': expected a path that is UTF-8"),
     ],
@@ -196,12 +198,15 @@ def test_writable_folders(home, folder):
 def test_folders_that_cannot_be_written(home, monkeypatch, folder, message):
     (home / "file").write_text("")
     (home / "dangling").symlink_to(home / "nowhere")
-    (home / "locked").mkdir(mode=0o555)
-    # The superuser may write anywhere.
-    access = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: "locked" not in os.fspath(path) and access(path, mode)
-    )
+    (home / "locked").mkdir()
+    make = paths.tempfile.mkdtemp
+
+    def mkdtemp(prefix, dir):
+        if dir == paths.resolve("locked"):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+        return make(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(paths.tempfile, "mkdtemp", mkdtemp)
     before = sorted(home.rglob("*"))
     with pytest.raises(InputError, match=message) as error:
         paths.check_workdir(folder)
