@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.diffusion.guidance import Guidance
     from ig_jax.errors import InputError
     from ig_jax.hub import Pretrained, from_pretrained, load_decoder
-    from ig_jax.library import Decoder, Samples, sample
     from ig_jax.models.dit import DiT, DiTSpec
     from ig_jax.models.network import Heads
+    from ig_jax.sampling.sample import Decoder, Samples, sample
 
 __all__ = [
     "Decoder",
@@ -46,9 +46,9 @@ _MODULES = {
     "diffusion.guidance": ("Guidance",),
     "errors": ("InputError",),
     "hub": ("Pretrained", "from_pretrained", "load_decoder"),
-    "library": ("Decoder", "Samples", "sample"),
     "models.dit": ("DiT", "DiTSpec"),
     "models.network": ("Heads",),
+    "sampling.sample": ("Decoder", "Samples", "sample"),
 }
 
 

@@ -3,11 +3,12 @@ for. This is the only file that knows the names of config fields and what they m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +17,8 @@ from ml_collections import ConfigDict, FieldReference
 
 from ig_jax import checks
 from ig_jax.checks import Limits
-from ig_jax.diffusion import interpolant, loss, sampler
-from ig_jax.diffusion.guidance import Guidance, check_interval
+from ig_jax.diffusion import interpolant, loss, samplers
+from ig_jax.diffusion.guidance import GuidanceOptions, Weaker, check_bounds
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import dit, sizes
 from ig_jax.paths import resolve
@@ -128,10 +129,7 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 init_from="",
             ),
             guidance=dict(
-                ig_scale=1.0,
-                ig_interval=(0.0, 1.0),
-                cfg_scale=1.0,
-                cfg_interval=(0.0, 1.0),
+                **dataclasses.asdict(GuidanceOptions()),
                 # A workdir whose network replaces the auxiliary head (Autoguidance).
                 weak="",
             ),
@@ -287,6 +285,7 @@ LIMITS: dict[str, Limits] = {
     "train.checkpoint_every": checks.COUNT,
     "train.max_to_keep": checks.COUNT,
     "train.profile_at": checks.COUNT_OR_NONE,
+    "guidance.cfg_channels": checks.COUNT_OR_NONE,
     "guidance.ig_scale": checks.SCALE,
     "guidance.cfg_scale": checks.SCALE,
     "sampler.num_steps": checks.SAMPLER_STEPS,
@@ -322,33 +321,25 @@ def validate(config: ConfigDict) -> None:
     interpolant.get(config.loss.path)
     _check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
     _check_choice("loss.times", config.loss.times, interpolant.TIMES)
-    sampler.check_name(config.sampler.name)
     for field, limits in LIMITS.items():
         value: Any = config
         for name in field.split("."):
             value = value[name]
         limits.check(f"config.{field}", value)
-    for name in ("ig_interval", "cfg_interval"):
-        check_interval(f"config.guidance.{name}", tuple(config.guidance[name]))
+    time_grid(config)
     _check_choice("evaluation.features", config.evaluation.features, FEATURES)
     _check_sweep(config)
     spec = model_spec(config)
     # Not resolving "auto": that would start the devices, before processes found each other.
     OptimizerOptions(**_optimizer_fields(config, "float32"))
-    if not spec.auxiliary_depths and not config.guidance.weak:
+    check_guidance(config, [guidance(config)])
+    if not spec.auxiliary_depths:
         _check_no_auxiliary(config)
-    if config.model.num_classes == 0 and config.guidance.cfg_scale != 1:
-        raise InputError(
-            f"config.guidance.cfg_scale is {config.guidance.cfg_scale}: expected 1 for an "
-            "unconditional model (config.model.num_classes is 0)"
-        )
     if config.train.batch_size % config.train.accumulate:
         raise InputError(
             f"config.train.batch_size is {config.train.batch_size}: expected a multiple of "
             f"config.train.accumulate, {config.train.accumulate}"
         )
-    if config.sampler.name != sampler.ADAPTIVE:
-        time_grid(config)
 
 
 def _check_sweep(config: ConfigDict) -> None:
@@ -367,16 +358,11 @@ def interval_pairs(field: str, values: tuple[float, ...]) -> tuple[tuple[float, 
         )
     pairs = tuple(zip(values[::2], values[1::2], strict=True))
     for pair in pairs:
-        check_interval(field, pair)
+        check_bounds(field, pair)
     return pairs
 
 
 def _check_no_auxiliary(config: ConfigDict) -> None:
-    if config.guidance.ig_scale != 1:
-        raise InputError(
-            f"config.guidance.ig_scale is {config.guidance.ig_scale}: expected 1, this model has "
-            "no auxiliary head (config.model.auxiliary_depth is 0)"
-        )
     if config.loss.guided_target_scale:
         raise InputError(
             "config.loss.guided_target_scale needs an auxiliary head: "
@@ -507,26 +493,43 @@ def _optimizer_fields(config: ConfigDict, automatic: str) -> dict[str, Any]:
     return fields
 
 
-def guidance(config: ConfigDict) -> Guidance:
-    """The guidance that `config.guidance` describes (without the weak network, a file)."""
-    g = config.guidance
-    return Guidance(
-        float(g.ig_scale), tuple(g.ig_interval), float(g.cfg_scale), tuple(g.cfg_interval)
-    )
+def guidance(config: ConfigDict, **changes: Any) -> GuidanceOptions:
+    """The guidance that `config.guidance` describes (without the weak network, a file).
+
+    Args:
+        config: a config.
+        **changes: fields to set instead.
+    """
+    fields = {f.name: config.guidance[f.name] for f in dataclasses.fields(GuidanceOptions)}
+    return dataclasses.replace(GuidanceOptions(**fields), **changes)
 
 
-def sampler_arguments(config: ConfigDict) -> dict[str, Any]:
-    """Keyword arguments of `diffusion.sampler.sample` that `config.sampler` fixes."""
+def check_guidance(config: ConfigDict, settings: Iterable[GuidanceOptions]) -> None:
+    """Raises `InputError` if a setting needs a head or label that the config's model lacks."""
+    spec = model_spec(config)
+    weaker = Weaker(graph=config.guidance.weak) if config.guidance.weak else None
+    for options in settings:
+        try:
+            options.check(len(spec.auxiliary_depths), spec.num_classes, weaker)
+        except InputError as error:
+            named = str(error).split()[0] in config.guidance
+            raise InputError(f"config.guidance{'.' if named else ': '}{error}") from None
+
+
+def sampler(config: ConfigDict) -> samplers.Sampler:
+    """The sampler that `config.sampler` names, with its options."""
     s = config.sampler
-    return dict(
-        name=s.name, num_steps=s.num_steps, time_shift=s.time_shift, rtol=s.rtol, atol=s.atol
-    )
+    return samplers.make(s.name, "name", rtol=s.rtol, atol=s.atol)
 
 
 def time_grid(config: ConfigDict) -> Any:
     """The sampler's time grid, (N + 1,) float64; raises `InputError` if it has no interval."""
     s = config.sampler
-    return sampler.time_grid(s.name, s.num_steps, interpolant.get(config.loss.path), s.time_shift)
+    try:
+        path = interpolant.get(config.loss.path)
+        return samplers.time_grid(sampler(config), s.num_steps, path, s.time_shift)
+    except InputError as error:
+        raise InputError(f"config.sampler.{error}") from None
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

@@ -21,10 +21,10 @@ from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.data.latents import read_statistics
 from ig_jax.diffusion.guidance import Guidance
 from ig_jax.errors import InputError, look_up
-from ig_jax.library import Decoder
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import resolve
+from ig_jax.sampling.sample import Decoder
 from ig_jax.storage import weight_files
 from ig_jax.storage.files import file_digest
 
@@ -33,10 +33,10 @@ from ig_jax.storage.files import file_digest
 class Published:
     """Published weights: where they are, what they are, and how the paper samples from them.
 
-    The sampler is `library.RECIPES[spec.family]`. All figures are the paper's, ImageNet 256×256,
-    FID-50K with random labels; guidance is of all latent channels, as IG's release samples. The CFG
-    scales that DiT, SiT and LightningDiT publish themselves are of samplers that guide the first
-    three channels only, and do not carry over.
+    The sampler is `sampling.sample.RECIPES[spec.family]`. All figures are the paper's, ImageNet
+    256×256, FID-50K with random labels; guidance is of all latent channels, as IG's release
+    samples. The CFG scales that DiT, SiT and LightningDiT publish themselves are of samplers that
+    guide the first three channels only (`Term(channels=3)`), and do not carry over.
 
     Attributes:
         repository: hub id.

@@ -13,6 +13,7 @@ console.quiet_libraries()
 from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+from ig_jax import extensions  # noqa: E402
 from ig_jax.errors import InputError, suggest  # noqa: E402
 from ig_jax.paths import check_workdir, resolve  # noqa: E402
 
@@ -34,7 +35,7 @@ def _train(config: ConfigDict, workdir: str) -> str:
 
 
 def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
-    from ig_jax import sampling
+    from ig_jax.sampling import run as sampling
 
     return sampling.run(config, workdir, which)
 
@@ -94,6 +95,11 @@ _STEP = flags.DEFINE_string(
 )
 
 
+flags.DEFINE_multi_string(
+    "import", [], "a Python file of yours that adds rows to the tables: rules, samplers, …"
+)
+
+
 def _locate(argv: list[str], name: str) -> tuple[int, int] | None:
     """Where the value of `--name=value` or `--name value` is: argument, and first character."""
     for i, argument in enumerate(argv):
@@ -110,6 +116,15 @@ def _argument(argv: list[str], name: str) -> str | None:
     return None if place is None else argv[place[0]][place[1] :]
 
 
+def _arguments(argv: list[str], name: str) -> list[str]:
+    """All values of a flag that may be repeated, before flags are parsed."""
+    values, rest = [], list(argv)
+    while (place := _locate(rest, name)) is not None:
+        values.append(rest[place[0]][place[1] :])
+        rest = rest[place[0] + 1 :]
+    return values
+
+
 def define_config(argv: list[str]) -> None:
     """Defines `--config` and its overrides: from the file given, or from the workdir's checkpoint.
 
@@ -118,6 +133,7 @@ def define_config(argv: list[str]) -> None:
     Raises:
         InputError: neither a config file nor a workdir with a checkpoint.
     """
+    extensions.load(_arguments(argv, "import"))
     workdir, place = _argument(argv, "workdir"), _locate(argv, "config")
     if place is not None:
         i, start = place
@@ -242,6 +258,9 @@ def _parse(argv: list[str]) -> list[str]:
         print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
         print("  --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its")
         print("                      number (last if left out)")
+        print(
+            "  --import=FILE       a file of yours that adds guidance rules, samplers, networks, …"
+        )
         print("  --guidance=best     sample or evaluate with what --mode=sweep found")
         print("  --compare A B       with --mode=evaluate: how the protocols of two results differ")
         raise SystemExit(0)

@@ -12,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import sampling
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
+from ig_jax.sampling.run import make_engine
 from ig_jax.training import loop
 from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.state import TrainState
@@ -69,9 +69,9 @@ def train_and_draw(
         losses.append((metrics.loss_final, metrics.loss_auxiliary))
         batch = next(batches)
     indices = np.arange(config.sampler.batch_size)
-    drawer = sampling.make_drawer(experiment)
-    guidance = config_lib.guidance(config)
-    samples = drawer.draw(state.ema, guidance, 0, indices, (indices % 10).astype(np.int32))
+    engine = make_engine(experiment)
+    guidance = config_lib.guidance(config).build()
+    samples = engine.draw(state.ema, guidance, 0, indices, (indices % 10).astype(np.int32))
     return Result(np.asarray(jax.device_get(losses)), samples, step.as_text(), state)
 
 

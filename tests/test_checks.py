@@ -7,12 +7,12 @@ import pytest
 from ml_collections import ConfigDict
 
 import ig_jax
+import ig_jax.sampling.sample
 from ig_jax import config as config_lib
-from ig_jax import library
 from ig_jax.config import LIMITS
 from ig_jax.errors import InputError
 from tests.common import tiny_config
-from tests.test_library import model_with
+from tests.test_sample import model_with
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -68,7 +68,10 @@ class TestBothEntrances:
 
     @pytest.fixture(autouse=True)
     def nothing_is_drawn(self, monkeypatch):
-        monkeypatch.setattr(library, "_draw", lambda *_: (np.zeros(1), None, None))
+        monkeypatch.setattr(ig_jax.sampling.sample, "_draw", lambda *_: (np.zeros(1), None))
+
+    def ask_library(self, model, field, value):
+        return ig_jax.sample(model, [1], **(dict(sampler="euler") | self.OPTIONS[field](value)))
 
     @pytest.mark.parametrize("field", OPTIONS)
     def test_refuse_and_accept_the_same(self, model, field):
@@ -80,8 +83,7 @@ class TestBothEntrances:
             config = with_field(field, value)
             config.sampler.name = "euler"
             by_config = refusal(config_lib.validate, config)
-            asked = dict(sampler="euler") | self.OPTIONS[field](value)
-            by_library = refusal(ig_jax.sample, model, [1], **asked)
+            by_library = refusal(self.ask_library, model, field, value)
             expected = any(value is v for v in bad)
             assert (by_config is not None) == (by_library is not None) == expected, value
             if value in beyond:
@@ -103,7 +105,10 @@ class TestBothEntrances:
 class TestConfig:
     def test_every_number_has_limits_or_an_owner(self):
         owned = {name for name in NUMBERS if name.startswith("optimizer.")}
+        # A number or a list of them, which the network checks.
+        owned.add("model.auxiliary_depth")
         assert set(NUMBERS) - owned <= set(LIMITS) <= set(NUMBERS)
+        owned.remove("model.auxiliary_depth")
         assert {name for name in owned if type(NUMBERS[name]) is int} <= set(LIMITS)
 
     @pytest.mark.parametrize("field", [k for k, v in FIELDS.items() if type(v) in (float, tuple)])

@@ -32,10 +32,11 @@ BAD = {
     "loss.path=liner": "unknown path 'liner': expected one of linear.*did you mean linear",
     "loss.prediction=score": "config.loss.prediction is 'score': expected one of velocity",
     "loss.label_dropout=2.0": "config.loss.label_dropout is 2.0: expected 0…1",
-    "sampler.name=huen": "unknown sampler 'huen': expected one of euler.*did you mean heun",
+    "sampler.name=huen": "config.sampler.name is 'huen': expected one of euler.*did you mean heun",
     "sampler.num_steps=0": "config.sampler.num_steps is 0: expected 1…100000",
     "guidance.ig_interval=(0.7, 0.3)": r"config.guidance.ig_interval is \(0.7, 0.3\): expected",
     "guidance.cfg_interval=(0.0, 1.5)": r"config.guidance.cfg_interval is \(0.0, 1.5\): expected",
+    "guidance.ig_rule=projcted": "config.guidance.ig_rule is 'projcted': .*did you mean projected",
     "optimizer.name=sgd": "name is 'sgd': expected one of adamw, muon",
     "data.name=imagenet": "config.data.name is 'imagenet': expected one of digits, latents",
 }

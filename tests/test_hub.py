@@ -157,7 +157,10 @@ def test_downloads_once_and_then_needs_no_network(server, checkpoints, monkeypat
     found = ig_jax.from_pretrained("sit-small-ig")
     assert found.sha256 == hashlib.sha256(checkpoints["sit"]).hexdigest()
     assert found.file.endswith("SiT/0400000.safetensors")
-    assert found.model.spec == SPEC and found.published.guidance.ig_scale == 1.4
+    assert (
+        found.model.spec == SPEC
+        and found.published.guidance.record() == ig_jax.Guidance(1.4).record()
+    )
     expected = weights(SPEC)
     for name, array in ig_jax.to_pytorch(found.model).items():
         np.testing.assert_array_equal(array, expected[name])
@@ -291,18 +294,25 @@ def test_an_unknown_host_is_no_network(server, monkeypatch):
 def test_the_table_is_the_papers():
     """Every entry is a published architecture with its recipe and the FID of the paper."""
     rows = {
-        name: (p.fid, p.cfg_fid, p.guidance.ig_scale, p.spec.auxiliary_depths, p.epochs)
+        name: (
+            p.fid,
+            p.cfg_fid,
+            [t["scale"] for t in p.guidance.record()],
+            p.spec.auxiliary_depths,
+            p.epochs,
+        )
         for name, p in hub.PUBLISHED.items()
     }
     assert rows == {
-        "sit-xl-2-ig": (1.75, 1.46, 1.4, (8,), 800),
-        "lightningdit-xl-1-ig": (1.34, 1.19, 1.7, (8,), 680),
-        "sit-xl-2": (8.61, None, 1.0, (), 1400),
-        "lightningdit-xl-1": (2.17, None, 1.0, (), 800),
+        "sit-xl-2-ig": (1.75, 1.46, [1.4], (8,), 800),
+        "lightningdit-xl-1-ig": (1.34, 1.19, [1.7], (8,), 680),
+        "sit-xl-2": (8.61, None, [], (), 1400),
+        "lightningdit-xl-1": (2.17, None, [], (), 800),
     }
     for published in hub.PUBLISHED.values():
         vae = AUTOENCODERS[published.autoencoder]
         assert vae.spec.latent_channels == published.spec.channels
         assert (vae.shift is None) == (published.autoencoder in hub.STATISTICS)
     cfg = hub.PUBLISHED["lightningdit-xl-1-ig"].cfg_guidance
-    assert (cfg.ig_scale, cfg.cfg_scale, cfg.cfg_interval) == (1.4, 1.45, (0.19, 1.0))
+    expected = ig_jax.Guidance(1.4, cfg_scale=1.45, cfg_interval=(0.19, 1.0))
+    assert cfg.record() == expected.record()

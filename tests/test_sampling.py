@@ -6,13 +6,16 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from ig_jax import sampling
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import Guidance, GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import split
 from ig_jax.parallel import sharding
+from ig_jax.sampling import run as sampling
+from ig_jax.sampling.engine import Engine
+from ig_jax.sampling.labels import choose_labels
+from ig_jax.sampling.run import make_engine
 from ig_jax.training import loop
 from tests.common import tiny_config
 
@@ -25,57 +28,57 @@ def setup():
     # The heads start at zero: give every array some noise, so that both matter.
     keys = iter(jax.random.split(jax.random.key(1), 1000))
     params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
-    return sampling.make_drawer(experiment), params
+    return make_engine(experiment), params
 
 
-def draw(drawer, params, count=16, guidance=None, first=0):
+def draw(engine, params, count=16, guidance=None, first=0):
     guidance = guidance or Guidance(1.5)
     indices = first + np.arange(count)
-    labels = sampling.choose_labels("random", indices, 10, 0)
-    return drawer.draw(params, guidance, 0, indices, labels)
+    labels = choose_labels("random", indices, 10, 0)
+    return engine.draw(params, guidance, 0, indices, labels)
 
 
 def test_samples_do_not_depend_on_batch_or_devices(setup):
-    drawer, params = setup
-    x = draw(drawer, params, 24)
+    engine, params = setup
+    x = draw(engine, params, 24)
     assert x.shape == (24, 8, 8, 1) and np.isfinite(x).all()
-    np.testing.assert_allclose(draw(drawer, params, 5, first=19), x[19:], atol=1e-5)
-    larger = dataclasses.replace(drawer, batch_size=24)
+    np.testing.assert_allclose(draw(engine, params, 5, first=19), x[19:], atol=1e-5)
+    larger = dataclasses.replace(engine, batch_size=24)
     np.testing.assert_allclose(draw(larger, params, 24), x, atol=1e-5)
     alone = dataclasses.replace(
-        drawer, batch_size=8, mesh=sharding.make_mesh(devices=jax.devices()[:1])
+        engine, batch_size=8, mesh=sharding.make_mesh(devices=jax.devices()[:1])
     )
     host = jax.device_get(params)
     np.testing.assert_allclose(draw(alone, host, 24), x, atol=1e-5)
 
 
 def test_new_scales_do_not_recompile(setup):
-    drawer, params = setup
+    engine, params = setup
     sizes = []
     for guidance in (Guidance(1.1), Guidance(1.9), Guidance(0.0)):
-        draw(drawer, params, guidance=guidance)
-        sizes.append(drawer._draw._cache_size())
+        draw(engine, params, guidance=guidance)
+        sizes.append(engine._draw._cache_size())
     assert len(set(sizes)) == 1
-    a = draw(drawer, params, guidance=Guidance(1.5, cfg_scale=1.2))
-    compiled = drawer._draw._cache_size()
-    b = draw(drawer, params, guidance=Guidance(1.5, cfg_scale=2.2))
-    assert drawer._draw._cache_size() == compiled
+    a = draw(engine, params, guidance=Guidance(1.5, cfg_scale=1.2))
+    compiled = engine._draw._cache_size()
+    b = draw(engine, params, guidance=Guidance(1.5, cfg_scale=2.2))
+    assert engine._draw._cache_size() == compiled
     assert not np.allclose(a, b)
 
 
 def test_labels():
     indices = np.arange(1000)
-    random = sampling.choose_labels("random", indices, 10, 0)
-    tail = sampling.choose_labels("random", indices[500:], 10, 0)
+    random = choose_labels("random", indices, 10, 0)
+    tail = choose_labels("random", indices[500:], 10, 0)
     np.testing.assert_array_equal(random[500:], tail)
     assert set(random) == set(range(10))
-    balanced = sampling.choose_labels("balanced", indices, 10, 0)
+    balanced = choose_labels("balanced", indices, 10, 0)
     assert np.bincount(balanced).tolist() == [100] * 10
-    given = sampling.choose_labels("given", indices[:5], 10, 0, (3, 7))
+    given = choose_labels("given", indices[:5], 10, 0, (3, 7))
     assert given.tolist() == [3, 7, 3, 7, 3]
-    assert sampling.choose_labels("random", indices, 0, 0).tolist() == [0] * 1000
+    assert choose_labels("random", indices, 0, 0).tolist() == [0] * 1000
     with pytest.raises(InputError, match="label 10 is out of range: expected 0…9"):
-        sampling.choose_labels("given", indices, 10, 0, (10,))
+        choose_labels("given", indices, 10, 0, (10,))
 
 
 def test_sample_mode_writes_pictures_and_npz(tmp_path):
@@ -114,11 +117,11 @@ def test_samples_that_are_not_finite_are_no_pictures(tmp_path, caplog, monkeypat
     """In the grids of training, which goes on, and in the sampling mode, which ends."""
 
     def diverged(self, params, guidance, seed, indices, labels):
-        x = np.zeros((len(indices), *self.shape), np.float32)
+        x = np.zeros((len(indices), *self.settings.shape), np.float32)
         x[3, 2, 1] = np.nan
         yield np.arange(len(indices)), x
 
-    monkeypatch.setattr(sampling.Drawer, "batches", diverged)
+    monkeypatch.setattr(Engine, "batches", diverged)
     config = tiny_config(num_steps=1, sample_every=1, validate_every=0)
     loop.train(config, str(tmp_path))
     assert "no sample grid: 1 of 16 pictures at step 1 are not finite (3)" in caplog.text
@@ -132,15 +135,17 @@ def test_autoguidance_uses_another_workdirs_network(tmp_path, setup):
     config = tiny_config(num_steps=2, validate_every=0)
     loop.train(config, str(tmp_path))
     config.guidance.update(weak=str(tmp_path), ig_scale=2.0)
-    drawer = sampling.make_drawer(Experiment.from_config(config))
+    engine = make_engine(Experiment.from_config(config))
     _, params = setup
-    guided, own = draw(drawer, params, guidance=Guidance(2.0)), draw(*setup, guidance=Guidance(2.0))
+    options = GuidanceOptions(2.0)
+    guided = draw(engine, params, guidance=options.build(engine.weaker))
+    own = draw(*setup, guidance=options.build())
     assert not np.allclose(guided, own)
-    plain = draw(drawer, params, guidance=Guidance(1.0))
+    plain = draw(engine, params, guidance=Guidance(1.0))
     np.testing.assert_allclose(plain, draw(*setup, guidance=Guidance(1.0)), atol=1e-5)
     config.loss.path = "cosine"
     with pytest.raises(InputError, match="loss.path is linear: expected cosine"):
-        sampling.make_drawer(Experiment.from_config(config))
+        make_engine(Experiment.from_config(config))
 
 
 def test_an_empty_workdir_is_refused(tmp_path):

@@ -1,191 +1,685 @@
-"""Internal guidance and its relatives: what turns the heads of one (or two) forward passes into a
-guided prediction (IG paper, §3.2), and the plan of which scales act on which evaluation."""
+"""Guidance as a tuple of terms: each says where its weak prediction comes from, by which rule it
+extrapolates from weak to strong, with what scale, and when.
+
+Terms apply innermost first. Internal guidance (IG paper, §3.2) inside classifier-free guidance is
+`(Term(Auxiliary(), w), Term(Null(), s))`: both labels' predictions are extrapolated away from their
+own intermediate head, and then the conditional one away from that of ∅. What is off is not there.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+import numbers
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from ig_jax.diffusion import interpolant as interpolants
+from ig_jax import checks, tables
 from ig_jax.errors import InputError
+from ig_jax.models import functional
 from ig_jax.models.network import Heads, Network
 
-Interval = tuple[float, float]
+Bounds = tuple[float, float]
+Scale = jax.Array | float
 
-# Interval bounds are inclusive, also for grid points that arithmetic put an ulp beside them.
+# Bounds are inclusive, also for grid points that arithmetic put an ulp beside them.
 _TOLERANCE = 1e-6
 
 
-@flax.struct.dataclass
-class Guidance:
-    """Guidance scales and the path-time intervals in which they act; 1 is no guidance.
+# --- what is weak -------------------------------------------------------------------------------
+
+
+class Pass(NamedTuple):
+    """A forward pass that an evaluation needs.
 
     Attributes:
-        ig_scale: w of internal guidance, `D_i + w·(D_f − D_i)`; may be traced. 0 samples from the
-            auxiliary head.
-        ig_interval: (low, high), inclusive, within [0, 1]; outside it w = 1.
-        cfg_scale: s of classifier-free guidance, `D(∅) + s·(D(c) − D(∅))`; may be traced.
-        cfg_interval: (low, high), inclusive; outside it the ∅ branch is not computed at all.
-        weak: a separate, worse network used in place of the auxiliary head (Autoguidance, Karras
-            et al. 2024), or None.
+        network: name of a weaker network, or "" for the network itself.
+        null: at the null label ∅ instead of the wanted labels.
+        upto: index of the auxiliary head to stop at, or None for the whole depth.
     """
 
-    ig_scale: jax.Array | float = 1.0
-    ig_interval: Interval = flax.struct.field(pytree_node=False, default=(0.0, 1.0))
-    cfg_scale: jax.Array | float = 1.0
-    cfg_interval: Interval = flax.struct.field(pytree_node=False, default=(0.0, 1.0))
-    weak: Network | None = flax.struct.field(pytree_node=False, default=None)
-
-    def __post_init__(self) -> None:
-        for name in ("ig_interval", "cfg_interval"):
-            check_interval(name, getattr(self, name))
+    network: str = ""
+    null: bool = False
+    upto: int | None = None
 
 
-def check_interval(name: str, interval: Interval) -> None:
-    """Raises `InputError` unless `interval` is (low, high) with 0 ≤ low ≤ high ≤ 1."""
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+Passes = frozenset[Pass]
+
+
+class Source(Protocol):
+    """Where a weak prediction comes from: a row of `SOURCES`, a pytree.
+
+    Attributes:
+        place: what the term changes; two terms of one guidance cannot share a place.
+    """
+
+    place: ClassVar[str]
+
+    def passes(self, null: bool, inner: Callable[[], Passes]) -> Passes:
+        """Forward passes needed besides that of the strong prediction at label ∅ (or not).
+
+        Args:
+            null: whether the strong prediction is the one at ∅.
+            inner: gives the passes of the terms inside this one, at ∅.
+        """
+        ...
+
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        """The weak prediction, from the heads of the passes and the inner terms' result at ∅."""
+        ...
+
+    def check(self, heads: int, num_classes: int) -> None:
+        """Raises `InputError` if a network of so many auxiliary heads and classes has no such."""
+        ...
+
+    def networks(self) -> dict[str, Network]:
+        """Networks that passes name."""
+        ...
+
+
+def _check_head(head: int, heads: int, use: str) -> None:
+    if not 0 <= head < heads:
+        there = f"it has {heads}" if heads else "it has no auxiliary head"
         raise InputError(
-            f"{name} is {tuple(interval)}: expected (low, high) with 0 <= low <= high <= 1"
+            f"{use} needs auxiliary head {head} of this model: {there} (`add_auxiliary_head` adds "
+            "one to train; a weaker network, `Guidance(weak=…)`, does without)"
         )
 
 
-def active(interval: Interval, t: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """Whether each time lies in the closed interval."""
-    return (t >= interval[0] - _TOLERANCE) & (t <= interval[1] + _TOLERANCE)
-
-
-def extrapolate(weak: jax.Array, strong: jax.Array, scale: jax.Array | float) -> jax.Array:
-    """`weak + scale·(strong − weak)`, written so that scale 1 returns `strong` bit for bit."""
-    return strong + (scale - 1) * (strong - weak)
-
-
-def guide(
-    conditional: Heads,
-    unconditional: Heads | None,
-    ig_scale: jax.Array | float,
-    cfg_scale: jax.Array | float,
-) -> jax.Array:
-    """Turns heads into one guided prediction: IG on each branch first, then CFG.
-
-    Args:
-        conditional: prediction for the wanted labels.
-        unconditional: prediction for ∅, or None where CFG is off.
-        ig_scale, cfg_scale: scalars or (B, 1, 1, 1).
-
-    Returns:
-        (B, H, W, C), of the type the network predicts (velocity, noise or data).
-    """
-
-    def internal(heads: Heads) -> jax.Array:
-        if not heads.auxiliary:
-            return heads.final
-        return extrapolate(heads.auxiliary[0], heads.final, ig_scale)
-
-    guided = internal(conditional)
-    if unconditional is None:
-        return guided
-    return extrapolate(internal(unconditional), guided, cfg_scale)
-
-
 @flax.struct.dataclass
-class Plan:
-    """Scales for each of a sampler's evaluations: N intervals × S stages.
+class Auxiliary:
+    """Internal guidance: `D_i`, an intermediate head of the same forward pass (IG paper, eq. 6).
 
     Attributes:
-        ig_scale, cfg_scale: (N, S) float32, 1 where the guidance is off.
-        cfg_on: (N, S) host booleans: whether the ∅ branch is computed. Static, so that the sampler
-            is compiled without the branch where it is off.
+        head: which auxiliary head, counted from the shallowest.
     """
 
-    ig_scale: jax.Array
-    cfg_scale: jax.Array
-    cfg_on: tuple[tuple[bool, ...], ...] = flax.struct.field(pytree_node=False)
+    head: int = flax.struct.field(pytree_node=False, default=0)
+    place: ClassVar[str] = "the weak prediction of the same labels"
 
+    def passes(self, null: bool, inner: Callable[[], Passes]) -> Passes:
+        return frozenset()
 
-def plan(guidance: Guidance, stage_times: np.ndarray) -> Plan:
-    """Decides, before compiling, which guidance acts on which evaluation.
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        return heads[Pass(null=null)].auxiliary[self.head]
 
-    Args:
-        guidance: scales and intervals.
-        stage_times: (N, S) times that decide for each interval's evaluations.
-    """
-    ig_on = active(guidance.ig_interval, stage_times)
-    cfg_on = active(guidance.cfg_interval, stage_times)
-    if isinstance(guidance.cfg_scale, int | float) and guidance.cfg_scale == 1:
-        cfg_on = np.zeros_like(cfg_on)
-    return Plan(
-        ig_scale=jnp.where(ig_on, jnp.float32(guidance.ig_scale), 1.0),
-        cfg_scale=jnp.where(cfg_on, jnp.float32(guidance.cfg_scale), 1.0),
-        cfg_on=tuple(tuple(bool(on) for on in row) for row in cfg_on),
-    )
+    def check(self, heads: int, num_classes: int) -> None:
+        _check_head(self.head, heads, "internal guidance")
+
+    def networks(self) -> dict[str, Network]:
+        return {}
 
 
 @flax.struct.dataclass
-class Velocity:
-    """A guided velocity (B, H, W, C) and the variance channels, if the network has them."""
+class Null:
+    """Classifier-free guidance (Ho & Salimans 2022): the prediction at ∅, guided by inner terms."""
 
-    velocity: jax.Array
-    variance: jax.Array | None = None
+    place: ClassVar[str] = "the prediction at the null label"
+
+    def passes(self, null: bool, inner: Callable[[], Passes]) -> Passes:
+        return inner()
+
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        return inner()
+
+    def check(self, heads: int, num_classes: int) -> None:
+        if num_classes == 0:
+            raise InputError(
+                "classifier-free guidance needs a null label ∅: this model is unconditional"
+            )
+
+    def networks(self) -> dict[str, Network]:
+        return {}
+
+
+@flax.struct.dataclass
+class ShallowNull(Null):
+    """Classifier-free guidance whose ∅ branch stops at an auxiliary head: `D_i(∅)`.
+
+    A partial forward pass instead of a whole one, so about 1.3 in all where CFG costs 2.
+
+    Attributes:
+        head: where it stops, counted from the shallowest.
+    """
+
+    head: int = flax.struct.field(pytree_node=False, default=0)
+
+    def _pass(self) -> Pass:
+        return Pass(null=True, upto=self.head)
+
+    def passes(self, null: bool, inner: Callable[[], Passes]) -> Passes:
+        return frozenset({self._pass()})
+
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        return heads[self._pass()].auxiliary[self.head]
+
+    def check(self, heads: int, num_classes: int) -> None:
+        super().check(heads, num_classes)
+        _check_head(self.head, heads, "shallow guidance")
+
+
+@flax.struct.dataclass
+class Weaker:
+    """Autoguidance (Karras et al. 2024): the final head of a separate, worse network, or of an
+    older EMA of the same one.
+
+    Attributes:
+        params: the network's parameters, if it is a module.
+        graph: its graph definition; or a function `network(x, t, y) -> Heads`, without parameters.
+    """
+
+    params: functional.Params | None = None
+    graph: Any = flax.struct.field(pytree_node=False, default=None)
+    place: ClassVar[str] = Auxiliary.place
+
+    @classmethod
+    def of(cls, network: Network) -> Weaker:
+        """The source that runs a module or a function."""
+        if isinstance(network, nnx.Module):
+            graph, params = functional.split(network)
+            return cls(params, graph)
+        return cls(None, network)
+
+    def passes(self, null: bool, inner: Callable[[], Passes]) -> Passes:
+        return frozenset({Pass("weaker", null)})
+
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        return heads[Pass("weaker", null)].final
+
+    def check(self, heads: int, num_classes: int) -> None:
+        if self.graph is None:
+            raise InputError("guidance by a weaker network needs one: none was given")
+
+    def networks(self) -> dict[str, Network]:
+        bound = self.params is None
+        return {"weaker": self.graph if bound else functional.merge(self.graph, self.params)}
+
+
+SOURCES: dict[str, type] = {
+    "auxiliary": Auxiliary,
+    "weaker": Weaker,
+    "null": Null,
+    "shallow": ShallowNull,
+}
+
+
+# --- how to extrapolate -------------------------------------------------------------------------
+
+
+class Rule(Protocol):
+    """`rule(weak, strong, scale) -> guided`, all of one shape (B, …): a row of `RULES`.
+
+    A frozen dataclass, its fields being its options. Scale 1 gives `strong`. Rules act on what the
+    network predicts (velocity, noise or data); for all but the linear one that makes a difference.
+    """
+
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array: ...
+
+
+def _dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Scalar product over a whole sample, (B, 1, …)."""
+    return (a * b).sum(tuple(range(1, a.ndim)), keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class GuidedVelocity:
-    """The velocity field that samplers integrate: a network, its labels and its guidance.
+class Linear:
+    """`weak + scale·(strong − weak)` (IG paper, eq. 6; Ho & Salimans 2022, eq. 6)."""
+
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array:
+        # Written so that scale 1 returns `strong` bit for bit.
+        return strong + (scale - 1) * (strong - weak)
+
+
+@dataclasses.dataclass(frozen=True)
+class Projected:
+    """Adaptive projected guidance (Sadat et al. 2024), without its momentum over steps.
+
+    The difference strong − weak is clipped to a norm and split at `strong`; its parallel part,
+    which oversaturates, is damped: `strong + (scale − 1)·(Δ⊥ + eta·Δ∥)`.
 
     Attributes:
-        network: `network(x, t, y) -> Heads`.
-        labels: (B,) int32.
-        null_label: the label ∅.
-        path, prediction: what the network was trained on (`interpolant`).
-        weak: Autoguidance's network or None.
+        eta: share of the parallel part that is kept.
+        norm: largest norm of a sample's difference; 0 for no limit.
     """
 
-    network: Network
-    labels: jax.Array
-    null_label: int
-    path: interpolants.Interpolant
-    prediction: str
-    weak: Network | None = None
+    eta: float = 0.0
+    norm: float = 0.0
 
-    def _heads(self, x: jax.Array, t: jax.Array, labels: jax.Array) -> Heads:
-        heads = self.network(x, t, labels)
-        if self.weak is not None:
-            heads = heads.replace(auxiliary=(self.weak(x, t, labels).final,))
-        return heads
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array:
+        difference = strong - weak
+        if self.norm:
+            length = jnp.sqrt(_dot(difference, difference))
+            difference *= jnp.minimum(1.0, self.norm / jnp.maximum(length, 1e-12))
+        share = _dot(difference, strong) / jnp.maximum(_dot(strong, strong), 1e-24)
+        return strong + (scale - 1) * (difference - (1 - self.eta) * share * strong)
 
-    def __call__(
-        self,
-        x: jax.Array,
-        t: jax.Array,
-        ig_scale: jax.Array | float,
-        cfg_scale: jax.Array | float,
-        cfg_on: bool,
-    ) -> Velocity:
-        """Evaluates at x (B, H, W, C) and t (B,); the ∅ branch rides in the same batch if on."""
-        network_t = self.path.network_time(t)
-        if cfg_on:
-            null = jnp.full_like(self.labels, self.null_label)
-            both = self._heads(
-                jnp.concatenate([x, x]),
-                jnp.concatenate([network_t, network_t]),
-                jnp.concatenate([self.labels, null]),
+
+@dataclasses.dataclass(frozen=True)
+class ZeroStar:
+    """CFG-Zero* (Fan et al. 2025, eq. 8): linear from the weak prediction scaled to fit best."""
+
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array:
+        fit = _dot(strong, weak) / (_dot(weak, weak) + 1e-8)
+        return Linear()(fit * weak, strong, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tangential:
+    """Tangential damping (TCFG, Kwon et al. 2025): linear from the weak prediction's projection on
+    the first right singular vector of the pair [strong; weak]."""
+
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array:
+        # The singular vector is cos θ·strong + sin θ·weak up to length, where the 2×2 Gram matrix
+        # has 2θ as the angle of (⟨s, s⟩ − ⟨w, w⟩, 2⟨s, w⟩); the projection needs only that angle.
+        x = _dot(strong, strong) - _dot(weak, weak)
+        y = 2 * _dot(strong, weak)
+        radius = jnp.maximum(jnp.sqrt(x * x + y * y), 1e-24)
+        projected = 0.5 * (y / radius) * strong + 0.5 * (1 - x / radius) * weak
+        return Linear()(projected, strong, scale)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rescaled:
+    """Linear, brought back to strong's standard deviation (Lin et al. 2023, §3.4).
+
+    Attributes:
+        phi: share of the rescaled prediction in the result.
+    """
+
+    phi: float = 0.7
+
+    def __call__(self, weak: jax.Array, strong: jax.Array, scale: Scale) -> jax.Array:
+        axes = tuple(range(1, strong.ndim))
+        guided = Linear()(weak, strong, scale)
+        ratio = strong.std(axes, keepdims=True) / jnp.maximum(
+            guided.std(axes, keepdims=True), 1e-12
+        )
+        return guided * (self.phi * ratio + 1 - self.phi)
+
+
+RULES: dict[str, type] = {
+    "linear": Linear,
+    "projected": Projected,
+    "zero_star": ZeroStar,
+    "tangential": Tangential,
+    "rescaled": Rescaled,
+}
+
+
+# --- when ---------------------------------------------------------------------------------------
+
+
+class Schedule(Protocol):
+    """`schedule(t) -> factor` in [0, 1], path times t being numpy or JAX: a row of `SCHEDULES`.
+
+    A pytree, so that its numbers may be traced. A term acts with scale `1 + factor·(scale − 1)`,
+    and where the factor is 0 not at all.
+    """
+
+    def __call__(self, t: Any) -> Any: ...
+
+
+def check_bounds(name: str, bounds: Sequence[float]) -> None:
+    """Raises `InputError` unless `bounds` is (low, high) with 0 ≤ low ≤ high ≤ 1."""
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise InputError(
+            f"{name} is {tuple(bounds)}: expected (low, high) with 0 <= low <= high <= 1"
+        )
+
+
+def _concrete(*values: Any) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+@flax.struct.dataclass
+class Interval:
+    """1 at path times within [low, high], both ends included, 0 elsewhere (Kynkäänniemi et al.
+    2024)."""
+
+    low: Scale = 0.0
+    high: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        if _concrete(self.low, self.high):
+            check_bounds("interval", (self.low, self.high))
+
+    def __call__(self, t: Any) -> Any:
+        return ((t >= self.low - _TOLERANCE) & (t <= self.high + _TOLERANCE)) * 1.0
+
+
+@flax.struct.dataclass
+class Ramp:
+    """Rises evenly with path time from 0 at `start` to 1 at `stop`; falls where stop < start."""
+
+    start: Scale = 0.0
+    stop: Scale = 1.0
+
+    def __post_init__(self) -> None:
+        if _concrete(self.start, self.stop) and (
+            self.start == self.stop or not all(0 <= v <= 1 for v in (self.start, self.stop))
+        ):
+            raise InputError(
+                f"ramp is ({self.start}, {self.stop}): expected two different times in [0, 1]"
             )
-            conditional, unconditional = _halves(both)
-        else:
-            conditional, unconditional = self._heads(x, network_t, self.labels), None
-        output = guide(conditional, unconditional, ig_scale, cfg_scale)
-        velocity = interpolants.velocity_from(self.path, self.prediction, output, x, t)
-        return Velocity(velocity, conditional.variance)
+
+    def __call__(self, t: Any) -> Any:
+        return ((t - self.start) / (self.stop - self.start)).clip(0.0, 1.0)
 
 
-def _halves(both: Heads) -> tuple[Heads, Heads]:
-    half = both.final.shape[0] // 2
-    return jax.tree.map(lambda a: a[:half], both), jax.tree.map(lambda a: a[half:], both)
+SCHEDULES: dict[str, type] = {"interval": Interval, "ramp": Ramp}
 
 
-VelocityField = Callable[..., Velocity]
+# --- terms and their composition ----------------------------------------------------------------
+
+
+@flax.struct.dataclass
+class Term:
+    """One extrapolation from a weak prediction to the strong one.
+
+    Attributes:
+        source: where the weak prediction comes from.
+        scale: 1 is no guidance, 0 the weak prediction (for the linear rule); may be traced.
+        when: schedule over path times; None for always.
+        null_scale: scale at the null label, if it is another than `scale`.
+        rule: how to extrapolate.
+        channels: guide only so many channels and leave the rest strong; None for all. The
+            published samplers of DiT and LightningDiT guide 3.
+    """
+
+    source: Source
+    scale: Scale = 1.0
+    when: Schedule | None = None
+    null_scale: Scale | None = None
+    rule: Rule = flax.struct.field(pytree_node=False, default=Linear())
+    channels: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "null_scale"):
+            value = getattr(self, name)
+            if isinstance(value, numbers.Real):
+                checks.SCALE.check(f"guidance {name}", value)
+
+    def factor(self, t: Any) -> Any:
+        """The schedule's factor at path times t."""
+        return np.ones_like(t) if self.when is None else self.when(t)
+
+    def apply(self, weak: jax.Array, strong: jax.Array, t: jax.Array, null: bool) -> jax.Array:
+        """Extrapolates (B, …) predictions at path times t, () or (B,)."""
+        scale = self.scale if self.null_scale is None or not null else self.null_scale
+        if self.when is not None:
+            factor = jnp.asarray(self.when(t))
+            factor = factor.reshape(factor.shape + (1,) * (strong.ndim - factor.ndim))
+            scale = jnp.where(factor == 1, scale, 1 + factor * (scale - 1))
+        part = slice(None) if self.channels is None else slice(self.channels)
+        guided = self.rule(weak[..., part], strong[..., part], scale)
+        if self.channels is not None:
+            guided = jnp.concatenate([guided, strong[..., self.channels :]], axis=-1)
+        return guided if self.when is None else jnp.where(factor == 0, strong, guided)
+
+
+def needed(terms: Sequence[Term], null: bool = False) -> Passes:
+    """The forward passes that an evaluation of these terms makes."""
+    found = frozenset({Pass(null=null)})
+    for i, term in enumerate(terms):
+        found |= term.source.passes(null, lambda i=i: needed(terms[:i], null=True))
+    return found
+
+
+def combine(
+    terms: Sequence[Term], heads: Mapping[Pass, Heads], t: jax.Array, null: bool = False
+) -> jax.Array:
+    """The guided prediction (B, …) at path times t, () or (B,), from the heads of `needed`."""
+    guided = heads[Pass(null=null)].final
+    for i, term in enumerate(terms):
+        weak = term.source.weak(heads, null, lambda i=i: combine(terms[:i], heads, t, null=True))
+        guided = term.apply(weak, guided, t, null)
+    return guided
+
+
+def _off(scale: Any) -> bool:
+    """Whether a scale that somebody typed stands for no guidance."""
+    return not isinstance(scale, jax.core.Tracer) and np.ndim(scale) == 0 and float(scale) == 1
+
+
+def _when(name: str, bounds: Bounds) -> Interval | None:
+    check_bounds(name, bounds)
+    return None if tuple(bounds) == (0, 1) else Interval(*map(float, bounds))
+
+
+@jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
+class Guidance:
+    """A tuple of terms, innermost first. Scales, and the numbers of schedules, may be traced.
+
+    `Guidance(ig_scale=1.4, cfg_scale=1.35)` is the short form for internal guidance inside
+    classifier-free guidance; `Guidance.of(term, …)` takes any terms.
+
+    Args:
+        ig_scale: w of internal guidance, `D_i + w·(D_f − D_i)`; 0 samples from the auxiliary head.
+        ig_interval: (low, high) path times, inclusive, within [0, 1]; outside it w = 1.
+        cfg_scale: s of classifier-free guidance, `D(∅) + s·(D(c) − D(∅))`.
+        cfg_interval: (low, high), inclusive; outside it the ∅ branch is not computed at all.
+        weak: a separate, worse network used in place of the auxiliary head (Autoguidance, Karras
+            et al. 2024), or None.
+
+    Attributes:
+        terms: what is on.
+    """
+
+    terms: tuple[Term, ...]
+
+    def __init__(
+        self,
+        ig_scale: Scale = 1.0,
+        ig_interval: Bounds = (0.0, 1.0),
+        cfg_scale: Scale = 1.0,
+        cfg_interval: Bounds = (0.0, 1.0),
+        weak: Network | None = None,
+    ):
+        ig_when, cfg_when = _when("ig_interval", ig_interval), _when("cfg_interval", cfg_interval)
+        source = Auxiliary() if weak is None else Weaker.of(weak)
+        named = (
+            ("ig_scale", ig_scale, source, ig_when),
+            ("cfg_scale", cfg_scale, Null(), cfg_when),
+        )
+        terms = []
+        for name, scale, where, when in named:
+            if not isinstance(scale, jax.core.Tracer):
+                checks.SCALE.check(name, np.asarray(scale).item() if np.ndim(scale) == 0 else scale)
+            if not _off(scale):
+                terms.append(Term(where, scale, when))
+        object.__setattr__(self, "terms", tuple(terms))
+
+    @classmethod
+    def of(cls, *terms: Term) -> Guidance:
+        """Guidance of these terms, innermost first.
+
+        Raises:
+            InputError: two terms that claim the same place.
+        """
+        places = [term.source.place for term in terms]
+        for place in places:
+            if places.count(place) > 1:
+                raise InputError(f"two guidance terms claim {place}: expected one at most")
+        return cls.tree_unflatten(None, (tuple(terms),))
+
+    def tree_flatten(self) -> tuple[tuple[tuple[Term, ...]], None]:
+        return (self.terms,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Any]) -> Guidance:
+        guidance = object.__new__(cls)
+        object.__setattr__(guidance, "terms", children[0])
+        return guidance
+
+    def __repr__(self) -> str:
+        return f"Guidance.of({', '.join(map(repr, self.terms))})"
+
+    def check(self, heads: int, num_classes: int) -> None:
+        """Raises `InputError` for a term that needs what the network lacks.
+
+        Args:
+            heads: number of its auxiliary heads.
+            num_classes: number of its classes; 0 for an unconditional one, which has no ∅.
+        """
+        for term in self.terms:
+            term.source.check(heads, num_classes)
+
+    def canonical(self, heads: int) -> Guidance:
+        """The same guidance in the form in which new numbers compile nothing.
+
+        Internal guidance costs nothing, so where a network has a head it is always there, at scale
+        1 if it is off; terms that always act get an interval; numbers become float32 arrays.
+
+        Args:
+            heads: number of the network's auxiliary heads.
+        """
+        terms = self.terms
+        if heads and Auxiliary.place not in [term.source.place for term in terms]:
+            terms = (Term(Auxiliary(), 1.0), *terms)
+        terms = tuple(
+            term.replace(when=Interval(0.0, 1.0)) if term.when is None else term for term in terms
+        )
+        return jax.tree.map(
+            lambda leaf: np.float32(leaf) if isinstance(leaf, int | float) else leaf,
+            Guidance.of(*terms),
+        )
+
+    def branches(self, times: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """Decides, before compiling, which terms take part in which evaluation.
+
+        A term takes part if it acts there, or if it needs no forward pass that the others do not
+        make; its factor then decides. So programs differ only where their forward passes do.
+
+        Args:
+            times: (N, S) path times that decide, of N steps with S evaluations each.
+
+        Returns:
+            N × S tuples of indices of terms; hashable. All of them where schedules are traced.
+        """
+        every = tuple(range(len(self.terms)))
+        leaves = jax.tree.leaves([term.when for term in self.terms])
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            return ((every,) * times.shape[1],) * len(times)
+        factors = np.stack([np.asarray(t.factor(times)) for t in self.terms] or [times * 0])
+        return tuple(
+            tuple(self._taking_part(column) for column in row.T) for row in factors.swapaxes(0, 1)
+        )
+
+    def _taking_part(self, factors: np.ndarray) -> tuple[int, ...]:
+        acting = [term for term, factor in zip(self.terms, factors, strict=False) if factor != 0]
+        passes, chosen = needed(acting), []
+        for i in range(len(self.terms)):
+            if needed([self.terms[j] for j in (*chosen, i)]) <= passes:
+                chosen.append(i)
+        return tuple(chosen)
+
+    def record(self) -> list[dict[str, Any]]:
+        """Every term in plain JSON values, for records; what is a default is left out."""
+        return [_term_record(term) for term in self.terms]
+
+
+def _term_record(term: Term) -> dict[str, Any]:
+    """A term in plain values. A weaker network is named only; its weights have a hash elsewhere."""
+    source = "weaker" if isinstance(term.source, Weaker) else tables.spell(SOURCES, term.source)
+    values = {"source": source, "rule": tables.spell(RULES, term.rule), "scale": float(term.scale)}
+    if term.when is not None:
+        numbers = jax.tree.map(float, term.when)
+        values["when"] = tables.spell(SCHEDULES, numbers)
+    if term.null_scale is not None:
+        values["null_scale"] = float(term.null_scale)
+    if term.channels is not None:
+        values["channels"] = term.channels
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceOptions:
+    """Guidance as plain values: `config.guidance`, a setting of a search, a record.
+
+    Attributes:
+        ig_scale, ig_interval, cfg_scale, cfg_interval: as `Guidance` has them.
+        ig_source, cfg_source: what is weak, a row of `SOURCES`: "auxiliary(head=1)", "shallow".
+        ig_rule, cfg_rule: how to extrapolate, a row of `RULES`: "projected(eta=0.5)".
+        ig_schedule, cfg_schedule: a row of `SCHEDULES` in place of the interval, or empty.
+        ig_null_scale: IG scale of the ∅ branch, or "same".
+        cfg_channels: guide only so many channels by CFG, or 0 for all.
+    """
+
+    ig_scale: float = 1.0
+    ig_interval: Bounds = (0.0, 1.0)
+    cfg_scale: float = 1.0
+    cfg_interval: Bounds = (0.0, 1.0)
+    ig_source: str = "auxiliary"
+    ig_rule: str = "linear"
+    ig_schedule: str = ""
+    ig_null_scale: str = "same"
+    cfg_source: str = "null"
+    cfg_rule: str = "linear"
+    cfg_schedule: str = ""
+    cfg_channels: int = 0
+
+    def build(self, weaker: Weaker | None = None) -> Guidance:
+        """The terms that these values stand for.
+
+        Args:
+            weaker: the network that takes the place of `ig_source`, if there is one.
+
+        Returns:
+            The guidance. Raises `InputError` for what cannot be.
+        """
+        return Guidance.of(*(term for _, term in self._terms(weaker)))
+
+    def _terms(self, weaker: Weaker | None) -> Iterator[tuple[str, Term]]:
+        """What is on, each under the name of its scale."""
+        null_scale = None if self.ig_null_scale == "same" else _number(self.ig_null_scale)
+        parts = (("ig", null_scale, None), ("cfg", None, self.cfg_channels or None))
+        for name, at_null, channels in parts:
+            scale, bounds, source, rule, schedule = (
+                getattr(self, f"{name}_{part}")
+                for part in ("scale", "interval", "source", "rule", "schedule")
+            )
+            when = _when(f"{name}_interval", bounds)
+            if schedule:
+                when = tables.make(SCHEDULES, schedule, f"{name}_schedule")
+            weak = tables.make(SOURCES, source, f"{name}_source")
+            if name == "ig" and weaker is not None:
+                weak = weaker
+            rule = tables.make(RULES, rule, f"{name}_rule")
+            if not (_off(scale) and at_null in (None, 1.0)):
+                yield f"{name}_scale", Term(weak, scale, when, at_null, rule, channels)
+
+    def check(self, heads: int, num_classes: int, weaker: Weaker | None = None) -> None:
+        """Raises `InputError`, naming the field, for what a network cannot do; see `Guidance`."""
+        for name, term in self._terms(weaker):
+            try:
+                term.source.check(heads, num_classes)
+            except InputError as error:
+                raise InputError(f"{name} is {term.scale}: expected 1, since {error}") from None
+        self.build(weaker)
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"ig_null_scale is {text!r}: expected 'same' or a finite number")
+    return value

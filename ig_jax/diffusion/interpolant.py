@@ -29,10 +29,12 @@ class Interpolant(Protocol):
     Attributes:
         name: the name in `INTERPOLANTS`.
         data_time: the end of [0, 1] at which x_t is data (0 for SiT and DiT, 1 for LightningDiT).
+        finite_at_data: whether the velocity has a limit there.
     """
 
     name: str
     data_time: float
+    finite_at_data: bool
 
     def alpha(self, t: jax.Array) -> jax.Array: ...
     def sigma(self, t: jax.Array) -> jax.Array: ...
@@ -54,6 +56,7 @@ class Linear:
 
     name: str = "linear"
     data_time: float = 0.0
+    finite_at_data: bool = True
 
     def alpha(self, t: jax.Array) -> jax.Array:
         return 1 - t
@@ -131,6 +134,7 @@ class VariancePreserving:
 
     name: str = "vp"
     data_time: float = 0.0
+    finite_at_data: bool = False
 
     def _log_alpha_bar(self, t: jax.Array) -> jax.Array:
         nodes = np.concatenate([[0.0], vp_log_alpha_bar()]).astype(np.float32)
@@ -152,7 +156,8 @@ class VariancePreserving:
         return 0.5 * self._log_rate(t) * self.alpha(t)
 
     def sigma_rate(self, t: jax.Array) -> jax.Array:
-        # σ' = −ᾱ'/(2σ) is infinite at t = 0 only, where no sampler evaluates it but a batch may.
+        # σ' = −ᾱ'/(2σ) is infinite at t = 0 only, where no sampler evaluates it (`finite_at_data`)
+        # but a batch may.
         sigma = jnp.maximum(self.sigma(t), 1e-4)
         return -0.5 * self._log_rate(t) * jnp.exp(self._log_alpha_bar(t)) / sigma
 

@@ -19,10 +19,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console, pictures, sampling
+from ig_jax import console, pictures
 from ig_jax.convert import inception
 from ig_jax.data.source import DataSource
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.evaluation import metrics, protocol, sets
 from ig_jax.evaluation.features import DigitsExtractor, FeatureExtractor, InceptionExtractor
@@ -33,6 +33,9 @@ from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.sampling.engine import Engine
+from ig_jax.sampling.labels import labels_for
+from ig_jax.sampling.run import make_engine
 from ig_jax.training.checkpoint import Checkpoints
 
 FOLDER = "evaluation"
@@ -185,14 +188,14 @@ class Evaluator:
         experiment: the config and its parts.
         source: the data set, or its facts.
         scorer: what the samples are scored with.
-        drawer: the compiled sampler.
+        engine: the compiled sampler.
         to_images: from model space to uint8 pictures.
     """
 
     experiment: Experiment
     source: DataSource
     scorer: Scorer
-    drawer: sampling.Drawer
+    engine: Engine
     to_images: ToImages
 
     @classmethod
@@ -201,7 +204,7 @@ class Evaluator:
         experiment: Experiment,
         source: DataSource,
         workdir: epath.PathLike | None = None,
-        drawer: sampling.Drawer | None = None,
+        engine: Engine | None = None,
     ) -> Evaluator:
         """Builds the parts that a config describes; nothing is compiled for sampling yet.
 
@@ -209,7 +212,7 @@ class Evaluator:
             experiment: the config and its parts.
             source: its data set; of facts alone if the config names a reference.
             workdir: reference statistics are cached in its folder `evaluation`, if given.
-            drawer: a sampler to share, which saves its compilation.
+            engine: a sampler to share, which saves its compilation.
 
         Raises:
             InputError: missing or unfitting Inception weights, reference file or resolution.
@@ -217,13 +220,13 @@ class Evaluator:
         to_images = make_to_images(experiment, source)
         scorer = Scorer.create(experiment, source, workdir, to_images)
         check_resolution(scorer.reference, picture_size(experiment, source))
-        drawer = drawer or sampling.make_drawer(experiment)
-        return cls(experiment, source, scorer, drawer, to_images)
+        engine = engine or make_engine(experiment)
+        return cls(experiment, source, scorer, engine, to_images)
 
     def sample_features(
         self,
         params: Params,
-        guidance: Guidance,
+        guidance: GuidanceOptions,
         indices: np.ndarray,
         labels: np.ndarray,
         seed: int,
@@ -236,7 +239,8 @@ class Evaluator:
         """
         where = f" at {protocol.describe_guidance(protocol.guidance_record(guidance))}"
         accumulator = sets.FeatureAccumulator(self.scorer.extractor)
-        for positions, x in self.drawer.batches(params, guidance, seed, indices, labels):
+        terms = guidance.build(self.engine.weaker)
+        for positions, x in self.engine.batches(params, terms, seed, indices, labels):
             problem = None
             try:
                 if len(positions) > 0:
@@ -251,7 +255,9 @@ class Evaluator:
 
     def weak_hash(self) -> str | None:
         """Hash of the weights of the network that replaces the auxiliary head, if there is one."""
-        return None if self.drawer.weak is None else protocol.weights_hash(self.drawer.weak[1])
+        return (
+            None if self.engine.weaker is None else protocol.weights_hash(self.engine.weaker.params)
+        )
 
 
 def check_resolution(reference: ReferenceStatistics, found: Sequence[int]) -> None:
@@ -264,11 +270,10 @@ def check_resolution(reference: ReferenceStatistics, found: Sequence[int]) -> No
         )
 
 
-def guidances(config: ConfigDict) -> list[Guidance]:
+def guidances(config: ConfigDict) -> list[GuidanceOptions]:
     """The settings to score: the config's guidance at each of `evaluation.ig_scales`, if any."""
-    base = config_lib.guidance(config)
-    scales = config.evaluation.ig_scales or (base.ig_scale,)
-    return [base.replace(ig_scale=float(scale)) for scale in scales]
+    scales = config.evaluation.ig_scales or (config.guidance.ig_scale,)
+    return [config_lib.guidance(config, ig_scale=float(scale)) for scale in scales]
 
 
 def evaluate(
@@ -279,7 +284,7 @@ def evaluate(
     workdir: epath.PathLike | None = None,
     step: int | None = None,
     ema: bool = True,
-    drawer: sampling.Drawer | None = None,
+    engine: Engine | None = None,
 ) -> list[Result]:
     """Scores a model at each setting that the config lists, on the same noise and labels.
 
@@ -290,7 +295,7 @@ def evaluate(
         workdir: where reference statistics are cached; nothing else is written.
         step: training step of `params`, for the record.
         ema: whether they are the EMA, for the record.
-        drawer: a sampler to share, which saves its compilation.
+        engine: a sampler to share, which saves its compilation.
 
     Returns:
         A result for each of `guidances(config)`, the same on every process.
@@ -299,10 +304,10 @@ def evaluate(
         InputError: before anything is compiled, unless samples turn out not to be finite.
     """
     config = experiment.config
-    check_guidance(experiment, guidances(config))
-    evaluator = Evaluator.create(experiment, source, workdir, drawer)
+    config_lib.check_guidance(config, guidances(config))
+    evaluator = Evaluator.create(experiment, source, workdir, engine)
     indices = np.arange(config.evaluation.num_samples)
-    labels = sampling.labels_for(config, indices, source.class_names)
+    labels = labels_for(config, indices, source.class_names)
     digest = protocol.weights_hash(params)
     weak = evaluator.weak_hash()
     results = []
@@ -337,22 +342,6 @@ def evaluate_files(
     return Result(scores, scorer.record(found, drawn) | {"samples": str(images.path)}, notes)
 
 
-def check_guidance(experiment: Experiment, settings: Sequence[Guidance]) -> None:
-    """Raises `InputError` if a setting needs a head or branch that the model does not have."""
-    weak = bool(experiment.config.guidance.weak)
-    for guidance in settings:
-        if not experiment.spec.auxiliary_depths and not weak and guidance.ig_scale != 1:
-            raise InputError(
-                f"IG scale {guidance.ig_scale:g}: expected 1 only, this model has no auxiliary "
-                "head (config.model.auxiliary_depth is 0)"
-            )
-        if experiment.spec.num_classes == 0 and guidance.cfg_scale != 1:
-            raise InputError(
-                f"CFG scale {guidance.cfg_scale:g}: expected 1 only, this model is unconditional "
-                "(config.model.num_classes is 0)"
-            )
-
-
 def picture_size(experiment: Experiment, source: DataSource) -> tuple[int, int]:
     """(height, width) of the pictures that a model draws."""
     if source.autoencoder is None:
@@ -367,7 +356,7 @@ class TrainingEvaluation:
         experiment: the config and its parts.
         source: its data set.
         workdir: where reference statistics are cached.
-        drawer: the loop's sampler.
+        engine: the loop's sampler.
 
     Attributes:
         score_name: of its FID, the same for two that may be compared: "fid-" and a hash of the
@@ -382,12 +371,12 @@ class TrainingEvaluation:
         experiment: Experiment,
         source: DataSource,
         workdir: epath.PathLike,
-        drawer: sampling.Drawer | None = None,
+        engine: Engine | None = None,
     ):
         self._config = experiment.config
-        self._evaluator = Evaluator.create(experiment, source, workdir, drawer)
+        self._evaluator = Evaluator.create(experiment, source, workdir, engine)
         self._indices = np.arange(self._config.evaluation.train_samples)
-        self._labels = sampling.labels_for(self._config, self._indices, source.class_names)
+        self._labels = labels_for(self._config, self._indices, source.class_names)
         self._noted = False
         self.score_name = f"fid-{self._protocol_hash()}"
 
@@ -537,7 +526,7 @@ def at_end(
     params: Params,
     source: DataSource,
     workdir: epath.PathLike,
-    drawer: sampling.Drawer | None = None,
+    engine: Engine | None = None,
 ) -> str:
     """Evaluates freshly trained EMA weights, prints and stores the scores, and says where."""
     results = evaluate(
@@ -546,7 +535,7 @@ def at_end(
         source,
         workdir=workdir,
         step=experiment.config.train.num_steps,
-        drawer=drawer,
+        engine=engine,
     )
     return report(results, workdir)
 

@@ -20,8 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax.diffusion import sampler as samplers
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.models.functional import Params
 from ig_jax.paths import resolve
@@ -52,6 +51,7 @@ SAMPLING_FIELDS = (
     "ig_interval",
     "cfg_scale",
     "cfg_interval",
+    "guidance_options",
     "weak_model",
     "labels",
     "seed",
@@ -78,6 +78,7 @@ _NOTES: dict[str, str] = {
     "ig_interval": "guidance at other noise levels moves FID a lot",
     "cfg_scale": "the strongest lever on FID after training",
     "cfg_interval": "guidance at other noise levels moves FID a lot",
+    "guidance_options": "another weak source, rule or schedule is another guidance",
     "weak_model": "Autoguidance with another network is another guidance",
     "labels": "balanced labels lower FID (the paper: 1.19 random, 1.07 balanced)",
     "seed": "random noise alone moves FID-50K by a percent or two",
@@ -112,7 +113,7 @@ class Result:
 
 def sampling_record(
     config: ConfigDict,
-    guidance: Guidance,
+    guidance: GuidanceOptions,
     *,
     step: int | None,
     weights: str,
@@ -130,9 +131,9 @@ def sampling_record(
         weak: `weights_hash` of Autoguidance's network, if there is one.
     """
     model, data, s = config.model, config.data, config.sampler
-    adaptive = s.name == samplers.ADAPTIVE
+    sampler = config_lib.sampler(config)
+    adaptive = not sampler.fixed_grid
     spec = config_lib.model_spec(config)
-    stochastic = not adaptive and samplers.SAMPLERS[s.name].stochastic
     return {
         "model": f"{model.family} {spec.depth}x{spec.width}/{spec.patch_size}, "
         f"auxiliary head after {', '.join(map(str, spec.auxiliary_depths)) or None}",
@@ -141,7 +142,7 @@ def sampling_record(
         "checkpoint_step": step,
         "precision": config_lib.compute_dtype(model.dtype).name,
         "sampler": s.name,
-        "sampler_kind": "SDE" if stochastic else "ODE",
+        "sampler_kind": "SDE" if sampler.stochastic else "ODE",
         "num_steps": None if adaptive else s.num_steps,
         "time_shift": None if adaptive else s.time_shift,
         "tolerances": [s.rtol, s.atol] if adaptive else None,
@@ -177,7 +178,7 @@ def load_sampling(path: os.PathLike | str, count: int) -> dict[str, Any] | None:
         ) from error
 
 
-def guidance_record(guidance: Guidance) -> dict[str, Any]:
+def guidance_record(guidance: GuidanceOptions) -> dict[str, Any]:
     """Scales and intervals as plain values; an interval in which nothing acts is None."""
     ig, cfg = float(guidance.ig_scale), float(guidance.cfg_scale)
     return {
@@ -185,7 +186,15 @@ def guidance_record(guidance: Guidance) -> dict[str, Any]:
         "ig_interval": None if ig == 1 else [float(v) for v in guidance.ig_interval],
         "cfg_scale": cfg,
         "cfg_interval": None if cfg == 1 else [float(v) for v in guidance.cfg_interval],
+        "guidance_options": _uncommon(guidance) or None,
     }
+
+
+def _uncommon(guidance: GuidanceOptions) -> dict[str, Any]:
+    """Fields of a setting beyond scales and intervals that are not as usual."""
+    usual = GuidanceOptions(*(getattr(guidance, name) for name in GUIDANCE_FIELDS))
+    fields = dataclasses.asdict(guidance)
+    return {k: v for k, v in fields.items() if v != getattr(usual, k)}
 
 
 def versions() -> dict[str, str]:
@@ -282,7 +291,7 @@ def is_fid(protocol: Mapping[str, Any]) -> bool:
 
 
 def describe_guidance(p: Mapping[str, Any]) -> str:
-    """Guidance in a few words: "IG 1.4, CFG 1.35 on [0, 0.7]"."""
+    """GuidanceOptions in a few words: "IG 1.4, CFG 1.35 on [0, 0.7]"."""
 
     def part(name: str, scale: float, interval: Sequence[float] | None) -> str:
         everywhere = interval is None or tuple(interval) == (0, 1)

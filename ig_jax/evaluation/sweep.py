@@ -25,8 +25,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console, pictures, sampling
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax import console, pictures
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.evaluation import evaluate, metrics, protocol, sets
 from ig_jax.evaluation.protocol import Result
@@ -35,6 +35,7 @@ from ig_jax.experiment import Experiment
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.sampling.labels import labels_for
 
 FOLDER = "sweep"
 # Of the full grid's samples, if the config names no budget.
@@ -59,7 +60,7 @@ class Round:
     samples: int
 
 
-def settings_of(config: ConfigDict) -> list[Guidance]:
+def settings_of(config: ConfigDict) -> list[GuidanceOptions]:
     """Every combination of `config.sweep`'s scales and intervals, without those that are the same.
 
     At scale 1 an interval means nothing, so there it is [0, 1].
@@ -73,7 +74,14 @@ def settings_of(config: ConfigDict) -> list[Guidance]:
         return [(float(s), (0.0, 1.0) if s == 1 else interval) for interval, s in pairs]
 
     combinations = itertools.product(candidates("cfg"), candidates("ig"))
-    return list(dict.fromkeys(Guidance(*ig, *cfg) for cfg, ig in combinations))
+    return list(
+        dict.fromkeys(
+            config_lib.guidance(
+                config, ig_scale=w, ig_interval=when, cfg_scale=s, cfg_interval=cfg_when
+            )
+            for (s, cfg_when), (w, when) in combinations
+        )
+    )
 
 
 def cost(rounds: Sequence[Round], fresh: int) -> int:
@@ -164,9 +172,9 @@ class Draws:
     ):
         self._evaluator, self._params = evaluator, params
         self._folder, self._seed, self.labels = resolve(folder), seed, labels
-        self._held: dict[Guidance, dict[str, np.ndarray]] = {}
+        self._held: dict[GuidanceOptions, dict[str, np.ndarray]] = {}
 
-    def __call__(self, guidance: Guidance, count: int) -> dict[str, np.ndarray]:
+    def __call__(self, guidance: GuidanceOptions, count: int) -> dict[str, np.ndarray]:
         """Features of a setting's first `count` samples: "pool" and, if any, "probabilities"."""
         held = self._held.get(guidance)
         have = 0 if held is None else len(held["pool"])
@@ -176,7 +184,7 @@ class Draws:
             self._held[guidance] = held
         return {name: rows[:count] for name, rows in held.items()}
 
-    def _piece(self, guidance: Guidance, start: int, stop: int) -> dict[str, np.ndarray]:
+    def _piece(self, guidance: GuidanceOptions, start: int, stop: int) -> dict[str, np.ndarray]:
         name = hashlib.sha256(json.dumps(protocol.guidance_record(guidance)).encode()).hexdigest()
         file = self._folder / f"{name[:16]}-{start}-{stop}.npz"
         # The primary's view decides: the others must not draw what it reads, or wait for it.
@@ -207,15 +215,15 @@ def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.
 class Entry:
     """What became of one setting: values of every metric after each round it took part in."""
 
-    guidance: Guidance
+    guidance: GuidanceOptions
     samples: tuple[int, ...]
     values: tuple[dict[str, float], ...]
 
 
 def race(
-    settings: Sequence[Guidance],
+    settings: Sequence[GuidanceOptions],
     rounds: Sequence[Round],
-    measure: Callable[[Guidance, int], dict[str, float]],
+    measure: Callable[[GuidanceOptions, int], dict[str, float]],
     metric: str,
     advance: console.Advance = lambda count=1, text="": None,
 ) -> list[Entry]:
@@ -272,7 +280,7 @@ class Search:
         sweep = config.sweep
         self.metric = sweep.metric
         self.settings = settings_of(config)
-        evaluate.check_guidance(experiment, self.settings)
+        config_lib.check_guidance(config, self.settings)
         self.grid_samples = len(self.settings) * sweep.num_samples
         self.rounds = plan_rounds(
             len(self.settings),
@@ -303,8 +311,8 @@ class Search:
         """The stored features of samples of another seed's noise and labels."""
         config = self._seeded(seed)
         indices = np.arange(config.sweep.num_samples)
-        labels = sampling.labels_for(config, indices, self._class_names)
-        record = self._record(config, Guidance())
+        labels = labels_for(config, indices, self._class_names)
+        record = self._record(config, config_lib.guidance(config, ig_scale=1.0, cfg_scale=1.0))
         key = json.dumps([record, self.scorer.extractor.fingerprint], sort_keys=True)
         folder = self.folder / f"draws-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         return Draws(self.evaluator, self._params, folder, seed, labels)
@@ -314,7 +322,7 @@ class Search:
         config.seed = seed
         return config
 
-    def _record(self, config: ConfigDict, guidance: Guidance) -> dict[str, Any]:
+    def _record(self, config: ConfigDict, guidance: GuidanceOptions) -> dict[str, Any]:
         return protocol.sampling_record(
             config,
             guidance,
@@ -337,7 +345,7 @@ class Search:
             found["label_accuracy"] = evaluate.label_accuracy(read, labels[: len(read)])
         return found
 
-    def measure(self, guidance: Guidance, count: int) -> dict[str, float]:
+    def measure(self, guidance: GuidanceOptions, count: int) -> dict[str, float]:
         """The metrics of a setting's first `count` samples of the search's noise."""
         return self.values(self.draws(guidance, count), self.draws.labels)
 
@@ -376,11 +384,11 @@ class Search:
             for i, values in enumerate(resamples)
         ]
 
-    def fresh(self, guidance: Guidance) -> Result:
+    def fresh(self, guidance: GuidanceOptions) -> Result:
         """All metrics of a setting on noise and labels that the search has not seen."""
         config = self._seeded(self.evaluator.experiment.config.sweep.seed + 1)
         indices = np.arange(config.sweep.num_samples)
-        labels = sampling.labels_for(config, indices, self._class_names)
+        labels = labels_for(config, indices, self._class_names)
         with console.progress_bar(len(indices), "measuring the winner again") as advance:
             found = self.evaluator.sample_features(
                 self._params, guidance, indices, labels, config.seed, advance
@@ -457,17 +465,13 @@ def _save(
     (search.folder / "best.json").write_text(json.dumps(best, indent=2) + "\n")
 
 
-def guidance_fields(guidance: Guidance) -> dict[str, Any]:
-    """The fields of `config.guidance` that a setting stands for, as plain values."""
-    return {
-        "ig_scale": float(guidance.ig_scale),
-        "ig_interval": [float(t) for t in guidance.ig_interval],
-        "cfg_scale": float(guidance.cfg_scale),
-        "cfg_interval": [float(t) for t in guidance.cfg_interval],
-    }
+def guidance_fields(guidance: GuidanceOptions) -> dict[str, Any]:
+    """The fields of `config.guidance` that a setting stands for, as plain JSON values."""
+    fields = dataclasses.asdict(guidance)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
-def load_best(workdir: epath.PathLike) -> Guidance:
+def load_best(workdir: epath.PathLike) -> GuidanceOptions:
     """The setting that a finished sweep of this workdir found best.
 
     Raises:
@@ -478,23 +482,17 @@ def load_best(workdir: epath.PathLike) -> Guidance:
         raise InputError(f"{path}: no such file; expected a workdir in which --mode=sweep finished")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))["guidance"]
-        return Guidance(
-            float(fields["ig_scale"]),
-            tuple(map(float, fields["ig_interval"])),
-            float(fields["cfg_scale"]),
-            tuple(map(float, fields["cfg_interval"])),
-        )
+        scales = {name: float(fields[name]) for name in ("ig_scale", "cfg_scale")}
+        bounds = {name: tuple(map(float, fields[name])) for name in ("ig_interval", "cfg_interval")}
+        # Files of older versions name these four only.
+        return dataclasses.replace(GuidanceOptions(**fields), **scales, **bounds)
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not a result of --mode=sweep ({error})") from error
 
 
 def apply_best(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Puts the setting of `load_best` into `config.guidance`, in place."""
-    best = load_best(workdir)
-    config.guidance.update(
-        {name: getattr(best, name) for name in ("ig_scale", "ig_interval", "cfg_scale")}
-        | {"cfg_interval": best.cfg_interval}
-    )
+    config.guidance.update(dataclasses.asdict(load_best(workdir)))
 
 
 def table(
@@ -615,7 +613,7 @@ def _lines(entries: Sequence[Entry], varied: str) -> dict[str, list[Entry]]:
     """
     other = "cfg" if varied == "ig" else "ig"
 
-    def rest(guidance: Guidance) -> tuple:
+    def rest(guidance: GuidanceOptions) -> tuple:
         return getattr(guidance, f"{other}_scale"), getattr(guidance, f"{other}_interval")
 
     def scale(entry: Entry) -> float:

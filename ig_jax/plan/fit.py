@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console, sampling
+from ig_jax import console
 from ig_jax.data import shards
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
@@ -26,6 +26,7 @@ from ig_jax.parallel import sharding
 from ig_jax.plan import topology
 from ig_jax.plan.hlo import Collective, collectives
 from ig_jax.plan.topology import GIB
+from ig_jax.sampling.run import make_engine
 from ig_jax.training import loop
 
 
@@ -261,8 +262,9 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
 
 def lower_sampler(experiment: Experiment) -> jax.stages.Lowered:
     """The sampler of an experiment, lowered for its mesh from shapes alone."""
-    guidance = config_lib.guidance(experiment.config)
-    return sampling.make_drawer(experiment).lower(experiment.abstract_params(), guidance)
+    engine = make_engine(experiment)
+    guidance = config_lib.guidance(experiment.config).build(engine.weaker)
+    return engine.lower(experiment.abstract_params(), guidance)
 
 
 _LOWER: dict[str, Callable[[Experiment], jax.stages.Lowered]] = {

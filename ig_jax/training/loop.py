@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console, pictures, sampling
+from ig_jax import console, pictures
 from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
@@ -37,6 +37,9 @@ from ig_jax.models.network import Network
 from ig_jax.parallel import sharding
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.sampling.engine import Engine
+from ig_jax.sampling.labels import choose_labels
+from ig_jax.sampling.run import make_engine
 from ig_jax.streams import numpy_stream, stream
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
@@ -299,7 +302,7 @@ class Trainer:
             from ig_jax.evaluation import evaluate
 
             self.evaluation = evaluate.TrainingEvaluation(
-                self.experiment, self.source, workdir, self.drawer
+                self.experiment, self.source, workdir, self.engine
             )
 
     def _check_workdir(self) -> None:
@@ -348,15 +351,15 @@ class Trainer:
         return score
 
     @functools.cached_property
-    def drawer(self) -> sampling.Drawer:
+    def engine(self) -> Engine:
         """The sampler for pictures during training."""
-        return sampling.make_drawer(self.experiment)
+        return make_engine(self.experiment)
 
     def _sample_grid(self, params: Params, step: int) -> None:
         indices = np.arange(min(self.config.sampler.num_samples, 64))
-        labels = sampling.choose_labels("balanced", indices, self.spec_classes, self.config.seed)
-        guidance = config_lib.guidance(self.config)
-        x = self.drawer.draw(params, guidance, self.config.seed, indices, labels)
+        labels = choose_labels("balanced", indices, self.spec_classes, self.config.seed)
+        guidance = config_lib.guidance(self.config).build(self.engine.weaker)
+        x = self.engine.draw(params, guidance, self.config.seed, indices, labels)
         if is_primary():
             try:
                 images = self.to_images(x, where=f" at step {step}")
@@ -371,12 +374,12 @@ class Trainer:
     def sample_scales(self, scales: Sequence[float], columns: int = 10) -> epath.Path:
         """Writes a grid of the same noise and labels at each IG scale, a row each."""
         indices = np.arange(columns)
-        labels = sampling.choose_labels("balanced", indices, self.spec_classes, self.config.seed)
-        guidance = config_lib.guidance(self.config)
+        labels = choose_labels("balanced", indices, self.spec_classes, self.config.seed)
         rows, titles = [], []
         for scale in scales:
-            at_scale = guidance.replace(ig_scale=float(scale))
-            x = self.drawer.draw(self.ema, at_scale, self.config.seed, indices, labels)
+            options = config_lib.guidance(self.config, ig_scale=float(scale))
+            at_scale = options.build(self.engine.weaker)
+            x = self.engine.draw(self.ema, at_scale, self.config.seed, indices, labels)
             rows.append(x)
             titles += [f"w = {scale:g}"] * len(x)
         path = self.workdir / "samples" / "scales.png"
@@ -565,7 +568,7 @@ def run(config: ConfigDict, workdir: str) -> str:
         from ig_jax.evaluation import evaluate
 
         last_line = evaluate.at_end(
-            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.drawer
+            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.engine
         )
         grid = trainer.sample_scales(config.evaluation.ig_scales or (1.0, config.guidance.ig_scale))
         return (

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ig_jax import pictures, sampling
+from ig_jax import pictures
 from ig_jax.data import images
 from ig_jax.errors import InputError
 from ig_jax.evaluation import sets
 from ig_jax.experiment import Experiment
+from ig_jax.sampling.folder import PictureFolder
 from tests.common import tiny_config
 from tests.data.common import SIZE, add_irregular, encoded, make_tree, photo, strew
 
@@ -169,7 +170,7 @@ def in_evaluation(folder):
 
 
 def in_sampling(folder):
-    return len(sampling.PictureFolder(folder).done())
+    return len(PictureFolder(folder).done())
 
 
 @pytest.mark.parametrize("read", [in_training, in_evaluation, in_sampling])

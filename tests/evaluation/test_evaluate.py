@@ -14,12 +14,13 @@ import pytest
 from PIL import Image
 
 from ig_jax import config as config_lib
-from ig_jax import sampling
 from ig_jax.convert.inception import inception_params
 from ig_jax.errors import InputError
 from ig_jax.evaluation import evaluate, metrics, protocol, sets, statistics
 from ig_jax.evaluation.features import DigitsExtractor, InceptionExtractor, digits_images
 from ig_jax.experiment import Experiment, make_to_images
+from ig_jax.sampling.labels import labels_for
+from ig_jax.sampling.run import make_engine
 from tests.common import golden, seeded_weights
 from tests.evaluation.common import STEP, on_one_device, save_checkpoint, tiny_config, tiny_params
 
@@ -59,9 +60,9 @@ def pictures(experiment, params, source) -> tuple[np.ndarray, np.ndarray]:
     """The samples of IG scale 2, and their labels, drawn by themselves."""
     config = experiment.config
     indices = np.arange(config.evaluation.num_samples)
-    labels = sampling.labels_for(config, indices, source.class_names)
-    guidance = config_lib.guidance(config).replace(ig_scale=2.0)
-    x = sampling.make_drawer(experiment).draw(params, guidance, config.seed, indices, labels)
+    labels = labels_for(config, indices, source.class_names)
+    guidance = config_lib.guidance(config, ig_scale=2.0).build()
+    x = make_engine(experiment).draw(params, guidance, config.seed, indices, labels)
     return make_to_images(experiment, source)(x), labels
 
 
@@ -147,8 +148,8 @@ class TestDirect:
         assert "48 samples with 64 features" in result.notes[0]
 
     def test_during_training(self, experiment, source, params, tmp_path):
-        drawer = sampling.make_drawer(experiment)
-        during = evaluate.TrainingEvaluation(experiment, source, tmp_path, drawer)
+        engine = make_engine(experiment)
+        during = evaluate.TrainingEvaluation(experiment, source, tmp_path, engine)
         scores = during(params)
         assert during(params) == scores
         small = with_evaluation(experiment, num_samples=96, ig_scales=())
@@ -157,7 +158,7 @@ class TestDirect:
         # A score's name is that of other runs' scores where the protocol is the same, only there.
         fewer = with_evaluation(experiment, train_samples=64)
         names = [
-            evaluate.TrainingEvaluation(e, source, tmp_path, drawer).score_name
+            evaluate.TrainingEvaluation(e, source, tmp_path, engine).score_name
             for e in (experiment, small, fewer)
         ]
         assert names[0] == names[1] == during.score_name != names[2]
@@ -183,7 +184,7 @@ class TestFiles:
         (tmp_path / "labels.txt").write_text(text + "\n")
         record = protocol.sampling_record(
             experiment.config,
-            config_lib.guidance(experiment.config).replace(ig_scale=2.0),
+            config_lib.guidance(experiment.config, ig_scale=2.0),
             step=STEP,
             weights=protocol.weights_hash(params),
             ema=True,

@@ -11,13 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ig_jax.config import default_config
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol
 from ig_jax.evaluation.protocol import Result
 
 
-def record(guidance: Guidance, **fields) -> dict:
+def record(guidance: GuidanceOptions, **fields) -> dict:
     config = default_config("sit", "xl")
     drawn = protocol.sampling_record(
         config, guidance, step=400_000, weights="ab" * 8, ema=True, weak=None
@@ -40,7 +40,7 @@ def record(guidance: Guidance, **fields) -> dict:
     return drawn | scoring | fields
 
 
-BEST = Guidance(1.4, (0.0, 1.0), 1.35, (0.0, 0.7))
+BEST = GuidanceOptions(1.4, (0.0, 1.0), 1.35, (0.0, 0.7))
 
 
 def result(guidance=BEST, fid=1.46, **fields) -> Result:
@@ -61,17 +61,17 @@ class TestRecord:
     def test_every_field_has_a_note_or_is_a_circumstance(self):
         """So that `compare` never names a field without saying what it does."""
         known = {*protocol._NOTES, *protocol._CIRCUMSTANCES}
-        assert set(record(Guidance())) == known
+        assert set(record(GuidanceOptions())) == known
 
     def test_sampling_fields(self):
-        assert set(protocol.SAMPLING_FIELDS) < set(record(Guidance()))
-        found = record(Guidance(1.4, (0.3, 1.0)))
+        assert set(protocol.SAMPLING_FIELDS) < set(record(GuidanceOptions()))
+        found = record(GuidanceOptions(1.4, (0.3, 1.0)))
         assert (found["sampler"], found["sampler_kind"]) == ("euler_maruyama", "SDE")
         assert found["ig_interval"] == [0.3, 1.0] and found["cfg_interval"] is None
         config = default_config("sit", "b")
         config.sampler.update(name="dopri5", rtol=1e-4)
         adaptive = protocol.sampling_record(
-            config, Guidance(), step=1, weights="", ema=False, weak=None
+            config, GuidanceOptions(), step=1, weights="", ema=False, weak=None
         )
         assert adaptive["num_steps"] is None and adaptive["tolerances"] == [1e-4, 1e-6]
         assert adaptive["weights"] == "raw"
@@ -80,9 +80,9 @@ class TestRecord:
         config = default_config("sit", "b")
         config.data.autoencoder_path = str(tmp_path / "vae.pt")
         with pytest.raises(InputError, match="vae.pt: no such file"):
-            protocol.sampling_record(config, Guidance(), step=1, weights="", ema=True)
+            protocol.sampling_record(config, GuidanceOptions(), step=1, weights="", ema=True)
         (tmp_path / "vae.pt").write_bytes(b"abc")
-        found = protocol.sampling_record(config, Guidance(), step=1, weights="", ema=True)
+        found = protocol.sampling_record(config, GuidanceOptions(), step=1, weights="", ema=True)
         # SHA-256 of "abc", FIPS 180-2.
         assert found["autoencoder_hash"].startswith("ba7816bf8f01cfea")
         assert found["autoencoder"] == "sd-vae-ft-ema"
@@ -165,21 +165,21 @@ class TestCompare:
 
     def test_unknown(self, compare):
         unknown = dict.fromkeys(protocol.SAMPLING_FIELDS)
-        other = Result({"fid": 1.5}, record(Guidance()) | unknown)
+        other = Result({"fid": 1.5}, record(GuidanceOptions()) | unknown)
         text = compare([result()], [other])
         assert "seed: 0 | none (unknown on one side)" in text
         assert "IG 1.4, CFG 1.35 on [0, 0.7] | unknown guidance" in text
 
     def test_rows_of_the_same_guidance(self, compare):
-        scales = [result(Guidance(w), fid=w) for w in (1.0, 1.5, 2.0)]
+        scales = [result(GuidanceOptions(w), fid=w) for w in (1.0, 1.5, 2.0)]
         other = [dataclasses.replace(r, metrics={"fid": 2 * r.metrics["fid"]}) for r in scales[1:]]
         text = compare(scales, other)
         assert "fid: 1.5 | 3 (+100.00 %)" in text and "fid: 2 | 4" in text
         assert "fid: 1 |" not in text and "The protocols are the same" in text
 
     def test_the_best_where_no_guidance_is_shared(self, compare):
-        a = [result(Guidance(1.0), fid=8.0), result(Guidance(1.4), fid=2.0)]
-        text = compare(a, [result(Guidance(1.5), fid=3.0)])
+        a = [result(GuidanceOptions(1.0), fid=8.0), result(GuidanceOptions(1.4), fid=2.0)]
+        text = compare(a, [result(GuidanceOptions(1.5), fid=3.0)])
         assert "IG 1.4 | IG 1.5" in text and "fid: 2 | 3" in text
         assert "ig_scale: 1.4 | 1.5" in text
 

@@ -10,7 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.evaluation import evaluate, metrics, sweep
 from ig_jax.evaluation.features import DigitsExtractor, digits_images
@@ -38,7 +38,7 @@ class TestSettings:
         )
         settings = sweep.settings_of(config)
         assert len(settings) == len(set(settings)) == 16
-        assert Guidance(2.0, (0.3, 1.0), 1.4, (0.0, 0.7)) in settings
+        assert GuidanceOptions(2.0, (0.3, 1.0), 1.4, (0.0, 0.7)) in settings
 
     def test_intervals_mean_nothing_at_scale_one(self):
         config = changed(
@@ -48,9 +48,9 @@ class TestSettings:
             cfg_intervals=(0.0, 0.5, 0.0, 0.7),
         )
         assert sweep.settings_of(config) == [
-            Guidance(1.0),
-            Guidance(2.0),
-            Guidance(2.0, (0.3, 1.0)),
+            GuidanceOptions(1.0),
+            GuidanceOptions(2.0),
+            GuidanceOptions(2.0, (0.3, 1.0)),
         ]
 
 
@@ -96,7 +96,7 @@ class TestPlan:
 
 
 class TestRace:
-    SETTINGS = [Guidance(1 + i / 10) for i in range(20)]
+    SETTINGS = [GuidanceOptions(1 + i / 10) for i in range(20)]
     ROUNDS = [Round(20, 100), Round(7, 400), Round(2, 1600)]
 
     def run(self, sign, metric):
@@ -128,7 +128,7 @@ class TestRace:
 class TestOnDistances:
     """Races on Fréchet distances of distorted real digits, whose best setting lies inside."""
 
-    SETTINGS = [Guidance(1 + i / 10) for i in range(24)]
+    SETTINGS = [GuidanceOptions(1 + i / 10) for i in range(24)]
 
     @pytest.fixture(scope="class")
     def distance(self):
@@ -257,7 +257,7 @@ class TestSearch:
         drawn = count_draws(monkeypatch)
         search.race()
         assert drawn == []
-        search.measure(Guidance(1.7), 128)
+        search.measure(GuidanceOptions(1.7), 128)
         assert len(drawn) == 1
 
     def test_other_weights_and_labels_draw_anew(self, finished, experiment):
@@ -282,7 +282,7 @@ class TestSearch:
         search.race()
         intervals = {setting.ig_interval for setting in search.settings}
         assert len(search.settings) == 7
-        assert search.evaluator.drawer._draw._cache_size() == len(intervals) == 2
+        assert search.evaluator.engine._draw._cache_size() == len(intervals) == 2
 
     def test_uncertainty_of_other_metrics(self, experiment, trained):
         config = copy.deepcopy(experiment.config)

@@ -14,13 +14,14 @@ from jax.experimental import checkify
 
 import ig_jax
 from ig_jax import config as config_lib
-from ig_jax import library, sampling
-from ig_jax.diffusion import interpolant
+from ig_jax.diffusion import interpolant, samplers
 from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
 from ig_jax.models.autoencoder import AutoencoderSpec
 from ig_jax.models.pixels import to_uint8
 from ig_jax.parallel import sharding
+from ig_jax.sampling import sample
+from ig_jax.sampling.engine import Engine, Settings
 from tests.common import relative_error
 from tests.release import random_weights, release_shapes
 
@@ -81,24 +82,26 @@ def test_every_name_is_there_for_programs_and_for_type_checkers():
 @pytest.mark.parametrize("family", list(sizes.FAMILIES))
 def test_recipes_are_those_of_the_configs(family):
     fields = config_lib.default_config(family).sampler
-    assert library.RECIPES[family] == (fields.name, fields.num_steps, fields.time_shift)
+    assert sample.RECIPES[family] == (fields.name, fields.num_steps, fields.time_shift)
 
 
 def test_samples_are_those_of_the_sampling_mode(model):
     graphdef, params = functional.split(model)
-    drawer = sampling.Drawer(
+    settings = Settings(
         graphdef=graphdef,
         path=interpolant.get("linear"),
         prediction="velocity",
         null_label=10,
+        heads=1,
         shape=(8, 8, 4),
-        batch_size=3,
-        mesh=sharding.make_mesh(devices=jax.devices()[:1]),
-        arguments=dict(name="euler_maruyama", num_steps=4, time_shift=1.0),
+        sampler=samplers.make("euler_maruyama"),
+        num_steps=4,
     )
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    engine = Engine(settings, batch_size=3, mesh=mesh)
     guidance = ig_jax.Guidance(1.7, cfg_scale=1.5, cfg_interval=(0.0, 0.6))
     labels = np.array([4, 5, 6, 7, 8])
-    expected = drawer.draw(params, guidance, 3, np.arange(5), labels)
+    expected = engine.draw(params, guidance, 3, np.arange(5), labels)
     found = ig_jax.sample(
         model, labels, guidance=guidance, sampler="euler_maruyama", num_steps=4, seed=3
     )
@@ -115,10 +118,10 @@ def test_sample_i_depends_on_seed_and_index_alone(model):
 
 def test_guidance_acts_and_does_not_recompile(model):
     draw(model, scale=1.1)
-    compiled = library._draw._cache_size()
+    compiled = sample._draw._cache_size()
     plain, guided, weak = (draw(model, scale=w) for w in (1.0, 2.0, 0.0))
     draw(model, scale=np.float32(1.3), labels=(7, 8, 9), seed=5)
-    assert library._draw._cache_size() == compiled
+    assert sample._draw._cache_size() == compiled
     assert relative_error(guided, plain) > 1e-2 and relative_error(weak, plain) > 1e-2
     assert relative_error(ig_jax.sample(model, [1, 2, 3], **STEPS), plain) == 0
     off = ig_jax.sample(model, [1, 2, 3], guidance=ig_jax.Guidance(2.0, (0.99, 0.995)), **STEPS)
@@ -224,8 +227,7 @@ def test_decoder_refuses_what_is_not_finite():
         (dict(path="liner"), "did you mean linear"),
         (dict(prediction="score"), "expected one of velocity, noise, data"),
         (dict(seed=-1), "seed is -1: expected 0…4294967295"),
-        (dict(guidance=ig_jax.Guidance(float("nan"))), "ig_scale is nan: expected a finite"),
-        (dict(sampler="dopri5", trajectory=True), "dopri5 has no fixed grid"),
+        (dict(sampler="dopri5", trajectory=True), "adaptive sampler has no fixed grid"),
     ],
 )
 def test_bad_input_gets_one_line(model, options, message):
@@ -237,12 +239,12 @@ def test_bad_input_gets_one_line(model, options, message):
 
 def test_what_a_model_cannot_do_is_refused():
     headless = model_with(auxiliary=False)
-    with pytest.raises(InputError, match="ig_scale is 1.4: expected 1, .* no auxiliary head"):
+    with pytest.raises(InputError, match="needs auxiliary head 0 .*no auxiliary head"):
         draw(headless, scale=1.4)
-    with pytest.raises(InputError, match="ig_scale is traced: expected 1"):
+    with pytest.raises(InputError, match="needs auxiliary head 0"):
         jax.jit(lambda w: draw(headless, scale=w))(1.0)
     assert draw(headless, scale=1.0).shape == (3, 8, 8, 4)
     unconditional = model_with(classes=0)
-    with pytest.raises(InputError, match="cfg_scale is 2.0: expected 1 for an unconditional"):
+    with pytest.raises(InputError, match="null label ∅: this model is unconditional"):
         ig_jax.sample(unconditional, [0], guidance=ig_jax.Guidance(cfg_scale=2.0), **STEPS)
     assert draw(unconditional, [0, 0]).shape == (2, 8, 8, 4)

@@ -18,16 +18,16 @@ from flax import nnx
 from jax.experimental import checkify
 
 from ig_jax import checks
-from ig_jax.diffusion import interpolant
-from ig_jax.diffusion import sampler as samplers
-from ig_jax.diffusion.guidance import Guidance, GuidedVelocity, Interval
+from ig_jax.diffusion import interpolant, samplers
+from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.samplers import Sampler
 from ig_jax.errors import InputError
 from ig_jax.models import functional, sizes
 from ig_jax.models.autoencoder import Autoencoder, check_latents
 from ig_jax.models.dit import DiT
 from ig_jax.models.functional import Params
-from ig_jax.models.network import Network
 from ig_jax.models.pixels import Pixels, to_uint8
+from ig_jax.sampling.engine import Settings, draw
 
 # family → sampler, its number of steps and its time shift: as the authors sample.
 RECIPES: dict[str, tuple[str, int, float]] = {
@@ -144,8 +144,8 @@ def sample(
         labels: (B,) class labels, `num_classes` for none (∅); they fix the number of samples.
         guidance: scales and intervals, such as `Guidance(ig_scale=1.4)`; none by default. Its
             `weak` network, if any, takes the auxiliary head's place (Autoguidance).
-        sampler: a name of `ig_jax.diffusion.sampler.NAMES`.
-        num_steps: as the authors of that sampler count (`diffusion.sampler.time_grid`); 50 for one
+        sampler: a row of `ig_jax.diffusion.samplers.SAMPLERS`, with options: "dopri5(rtol=1e-4)".
+        num_steps: as the authors of that sampler count (`diffusion.samplers.time_grid`); 50 for one
             that is not the recipe's.
         time_shift: s of `t ← s·t/(1 + (s − 1)·t)` on the sampler's grid; 1 for none.
         seed: 0…2³² − 1. Sample i depends on (seed, first_index + i) and its label alone, not on
@@ -166,143 +166,55 @@ def sample(
             path; no steps; an IG scale other than 1 for a model without an auxiliary head; CFG for
             an unconditional model; a scale that is not finite.
     """
-    guidance = guidance or Guidance()
-    _check_guidance(model, guidance)
-    family = sizes.family(model.spec.family)
-    path = path or family.path
-    name, num_steps, time_shift = _recipe(model.spec.family, path, sampler, num_steps, time_shift)
+    guidance = Guidance() if guidance is None else guidance
+    spec = model.spec
+    guidance.check(len(spec.auxiliary_depths), spec.num_classes)
+    family = sizes.family(spec.family)
     graphdef, params = functional.split(model)
-    weak, weak_params = _bind(guidance.weak)
-    settings = _Settings(
+    sampler, num_steps, time_shift = _recipe(spec.family, sampler, num_steps, time_shift)
+    settings = Settings(
         graphdef=graphdef,
-        weak=weak,
-        path=path,
+        path=interpolant.get(path or family.path),
         prediction=_check_prediction(prediction or family.prediction),
-        ig_interval=tuple(guidance.ig_interval),
-        cfg_interval=tuple(guidance.cfg_interval),
-        # CFG of exactly 1 has no ∅ branch, which must be known before compiling.
-        cfg=not _is_one(guidance.cfg_scale),
-        name=name,
+        null_label=spec.null_label,
+        heads=len(spec.auxiliary_depths),
+        shape=(spec.input_size, spec.input_size, spec.channels),
+        sampler=sampler,
         num_steps=num_steps,
         time_shift=time_shift,
-        trajectory=trajectory,
     )
-    x, visited, times = _draw(
+    grid = settings.grid
+    labels = _check_labels(labels, spec.num_classes)
+    branches, guidance = settings.prepare(guidance)
+    x, visited = _draw(
         settings,
+        branches,
+        trajectory,
         params,
-        weak_params,
-        _check_labels(labels, model.spec.num_classes),
-        (_scalar(guidance.ig_scale), _scalar(guidance.cfg_scale)),
+        guidance,
         jnp.uint32(_checked("seed", seed, checks.SEED)),
-        _checked("first_index", first_index, checks.COUNT_OR_NONE),
+        _checked("first_index", first_index, checks.COUNT_OR_NONE)
+        + np.arange(len(labels), dtype=np.int32),
+        labels,
     )
     pictures = x if decoder is None else decoder(x)
-    return Samples(pictures, visited, times) if trajectory else pictures
+    if not trajectory:
+        return pictures
+    return Samples(pictures, visited, jnp.asarray(grid, jnp.float32))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Settings:
-    """Everything that a compiled sampler is fixed to; `weak` as `_bind` returns it."""
-
-    graphdef: nnx.GraphDef
-    weak: Any
-    path: str
-    prediction: str
-    ig_interval: Interval
-    cfg_interval: Interval
-    cfg: bool
-    name: str
-    num_steps: int
-    time_shift: float
-    trajectory: bool
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _draw(
-    settings: _Settings,
-    params: Params,
-    weak_params: Params | None,
-    labels: jax.Array,
-    scales: tuple[jax.Array, jax.Array],
-    seed: jax.Array,
-    first_index: jax.Array,
-) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """The samples, and every step from the noise with its time if the settings ask for it."""
-    model = functional.merge(settings.graphdef, params)
-    path = interpolant.get(settings.path)
-    field = GuidedVelocity(
-        model,
-        labels,
-        model.spec.null_label,
-        path,
-        settings.prediction,
-        _unbind(settings.weak, weak_params),
-    )
-    guidance = Guidance(
-        scales[0],
-        settings.ig_interval,
-        scales[1] if settings.cfg else 1.0,
-        settings.cfg_interval,
-    )
-    shape = (model.spec.input_size, model.spec.input_size, model.spec.channels)
-    keys = samplers.sample_keys(seed, first_index + jnp.arange(labels.shape[0]))
-    steps = dict(num_steps=settings.num_steps, time_shift=settings.time_shift)
-    x, visited = samplers.sample(
-        field,
-        keys,
-        shape,
-        guidance,
-        name=settings.name,
-        trajectory=settings.trajectory,
-        **steps,
-    )
-    if not settings.trajectory:
-        return x, None, None
-    noise = samplers.initial_noise(keys, shape)
-    times = samplers.time_grid(settings.name, path=path, **steps)
-    return x, jnp.concatenate([noise[None], visited]), jnp.asarray(times, jnp.float32)
-
-
-def _bind(network: Network | None) -> tuple[Any, Params | None]:
-    """A network as something static and, for a module, its parameters."""
-    return functional.split(network) if isinstance(network, nnx.Module) else (network, None)
-
-
-def _unbind(bound: Any, params: Params | None) -> Network | None:
-    return bound if params is None else functional.merge(bound, params)
+_draw = jax.jit(draw, static_argnums=(0, 1, 2))
 
 
 def _recipe(
-    family: str, path: str, name: str | None, num_steps: int | None, time_shift: float | None
-) -> tuple[str, int, float]:
-    """What was asked for, completed by the family's recipe; checked before anything compiles."""
+    family: str, name: str | None, num_steps: int | None, time_shift: float | None
+) -> tuple[Sampler, int, float]:
+    """What was asked for, completed by the family's recipe."""
     own_name, own_steps, own_shift = RECIPES[family]
-    name = own_name if name is None else name
-    samplers.check_name(name)
+    sampler = samplers.make(name or own_name)
     if num_steps is None:
-        num_steps = own_steps if name == own_name else _OTHER_STEPS
-    time_shift = own_shift if time_shift is None else time_shift
-    checks.SAMPLER_STEPS.check("num_steps", num_steps)
-    checks.TIME_SHIFT.check("time_shift", time_shift)
-    known_path = interpolant.get(path)
-    if name != samplers.ADAPTIVE:
-        samplers.time_grid(name, num_steps, known_path, time_shift)
-    return name, num_steps, float(time_shift)
-
-
-def _check_guidance(model: DiT, guidance: Guidance) -> None:
-    for field in ("ig_scale", "cfg_scale"):
-        _checked(field, getattr(guidance, field), checks.SCALE)
-    headless = not model.spec.auxiliary_depths and guidance.weak is None
-    if headless and not _is_one(guidance.ig_scale):
-        raise InputError(
-            f"ig_scale is {_shown(guidance.ig_scale)}: expected 1, this model has no auxiliary "
-            "head (`add_auxiliary_head` adds one to train, `Guidance.weak` does without)"
-        )
-    if model.spec.num_classes == 0 and not _is_one(guidance.cfg_scale):
-        raise InputError(
-            f"cfg_scale is {_shown(guidance.cfg_scale)}: expected 1 for an unconditional model"
-        )
+        num_steps = own_steps if sampler == samplers.make(own_name) else _OTHER_STEPS
+    return sampler, num_steps, own_shift if time_shift is None else time_shift
 
 
 def _check_prediction(prediction: str) -> str:
@@ -343,15 +255,3 @@ def _checked(name: str, value: Any, limits: checks.Limits) -> Any:
 
 def _traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
-
-
-def _shown(value: Any) -> str:
-    return "traced" if _traced(value) else str(value)
-
-
-def _is_one(scale: Any) -> bool:
-    return not _traced(scale) and float(scale) == 1
-
-
-def _scalar(scale: jax.Array | float) -> jax.Array:
-    return jnp.asarray(scale, jnp.float32)

@@ -1,0 +1,1 @@
+"""Drawing samples: the engine under every way to sample, labels, and pictures on disk."""

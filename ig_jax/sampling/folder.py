@@ -1,0 +1,79 @@
+"""Sampled pictures on disk: numbered PNGs that a stopped run goes on filling, and one `.npz`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from ig_jax import pictures
+from ig_jax.paths import resolve
+
+
+def folder_name(record: dict[str, Any]) -> str:
+    """A folder name for a sampling record: readable, and different for different records."""
+    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+    return (
+        f"step{record['checkpoint_step']}_ig{record['ig_scale']:g}_cfg{record['cfg_scale']:g}"
+        f"_{record['sampler']}{record['num_steps'] or ''}_seed{record['seed']}_{digest}"
+    )
+
+
+class PictureFolder:
+    """A folder of numbered PNGs that a stopped sampling run can go on filling.
+
+    Every picture is written whole or not at all, so that whatever is there counts.
+
+    Args:
+        directory: local or `gs://`; of one sampling record only (see `folder_name`).
+    """
+
+    def __init__(self, directory: epath.PathLike):
+        self.directory = resolve(directory)
+
+    def path(self, index: int) -> epath.Path:
+        """Where picture `index` is."""
+        return self.directory / f"{index:06d}.png"
+
+    def done(self) -> set[int]:
+        """Indices of the pictures that are there."""
+        if not self.directory.exists():
+            return set()
+        files, _ = pictures.list_folder(self.directory)
+        numbered = (re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", name) for name in files)
+        return {int(found[1]) for found in numbered if found}
+
+    def write(self, index: int, image: np.ndarray) -> None:
+        """Writes one (H, W, C) uint8 picture, whole or not at all."""
+        partial = self.directory / f"{index:06d}.partial"
+        pictures.save_image(partial, pictures.from_array(image))
+        partial.replace(self.path(index))
+
+    def read(self, index: int) -> np.ndarray:
+        """Reads one (H, W, C) uint8 picture."""
+        return pictures.read_image(self.path(index))
+
+
+def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, shape: Any) -> None:
+    """Writes `arr_0`, uint8 (count, *shape), picture by picture: 50,000 need no memory.
+
+    The file appears under its name only when it is complete.
+    """
+    path = resolve(path)
+    partial = path.parent / (path.name + ".partial")
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+    with (
+        partial.open("wb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        np.lib.format.write_array_header_1_0(member, header)
+        for image in images:
+            member.write(np.ascontiguousarray(image).tobytes())
+    partial.replace(path)

@@ -1,0 +1,48 @@
+"""Which label each sample gets; label i depends on (seed, i) alone."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax.data import latents
+from ig_jax.errors import InputError
+from ig_jax.streams import numpy_stream
+
+
+def choose_labels(
+    kind: str, indices: np.ndarray, num_classes: int, seed: int, classes: tuple[int, ...] = ()
+) -> np.ndarray:
+    """Labels of the samples with these indices; label i depends on (seed, i) alone.
+
+    Args:
+        kind: "random", "balanced" (0, 1, … in turn), or "given" (`classes` in turn).
+        indices: (N,) sample indices.
+        num_classes: number of classes; 0 (an unconditional model) gives label 0, its ∅.
+        seed: of random labels.
+        classes: labels for "given", each below `num_classes`.
+
+    Returns:
+        (N,) int32. Raises `InputError` for a label out of range.
+    """
+    if num_classes == 0:
+        return np.zeros(len(indices), np.int32)
+    if kind == "given":
+        for label in classes:
+            if not 0 <= label < num_classes:
+                raise InputError(f"label {label} is out of range: expected 0…{num_classes - 1}")
+        return np.asarray(classes, np.int32)[indices % len(classes)]
+    if kind == "balanced":
+        return (indices % num_classes).astype(np.int32)
+    labels = numpy_stream(seed, "labels").integers(num_classes, size=int(indices.max()) + 1)
+    return labels[indices].astype(np.int32)
+
+
+def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
+    """The labels that `config.sampler.labels` asks for: random, balanced, or classes in turn."""
+    wanted, num_classes = config.sampler.labels, config.model.num_classes
+    if wanted in config_lib.LABELS:
+        return choose_labels(wanted, indices, num_classes, config.seed)
+    classes = latents.resolve_classes(wanted, class_names)
+    return choose_labels("given", indices, num_classes, config.seed, classes)
