@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 import warnings
 from typing import Protocol
@@ -21,6 +20,7 @@ from ig_jax.convert import inception as convert
 from ig_jax.errors import InputError
 from ig_jax.models import functional, inception
 from ig_jax.models.pixels import to_uint8
+from ig_jax.storage.files import digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +150,7 @@ class DigitsExtractor:
         (train, train_labels), (held_out, held_out_labels) = _digits_split(seed)
         self._weights, self._biases = _train_classifier(train, train_labels, seed, width)
         self.accuracy = float(np.mean(self.classify(held_out) == held_out_labels))
-        parts = (*self._weights, *self._biases)
-        self.fingerprint = hashlib.sha256(b"".join(p.tobytes() for p in parts)).hexdigest()
+        self.fingerprint = digest(*self._weights, *self._biases)
 
     def __call__(self, images: np.ndarray) -> Features:
         """Maps (N, 8, 8, 1) uint8 digits to hidden activations and class probabilities."""

@@ -21,6 +21,7 @@ from etils import epath
 
 from ig_jax.errors import InputError
 from ig_jax.paths import resolve
+from ig_jax.storage.files import write_atomically
 
 # Rows are folded in blocks of this many, whatever sizes they arrive in, so that the result does not
 # depend (not even in the last bit) on batch sizes.
@@ -200,10 +201,8 @@ def save_statistics(path: os.PathLike | str, reference: ReferenceStatistics) -> 
     arrays["metadata"] = np.asarray(json.dumps(dict(reference.metadata), sort_keys=True))
     path = resolve(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
+    with write_atomically(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
-    partial.replace(path)
 
 
 def load_statistics(path: os.PathLike | str) -> ReferenceStatistics:
