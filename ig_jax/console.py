@@ -14,6 +14,7 @@ import io
 import logging
 import os
 import sys
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
@@ -46,7 +47,7 @@ def quiet_libraries() -> None:
 
 
 # What messages and tables use beyond ASCII, for an output that knows no more.
-_ASCII = {"–": "-", "−": "-", "…": "...", "×": "x", "·": "*", "±": "+-", "→": "->", "≥": ">="}
+_ASCII = {"–": "-", "−": "-", "×": "x", "·": "*", "±": "+-", "→": "->", "≥": ">="}
 
 
 def _substitute(error: UnicodeError) -> tuple[bytes, int]:
@@ -58,7 +59,8 @@ def _substitute(error: UnicodeError) -> tuple[bytes, int]:
         if "\udc80" <= character <= "\udcff":
             found += bytes([ord(character) - 0xDC00])
         else:
-            found += _ASCII.get(character, "?").encode("ascii")
+            plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore")
+            found += _ASCII.get(character, "").encode() or plain or b"?"
     return found, error.end
 
 
