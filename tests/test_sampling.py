@@ -100,7 +100,7 @@ def test_sample_mode_writes_pictures_and_npz(tmp_path):
     # Stopped in the middle (some pictures missing, one half written) and started again.
     for index in (3, 7):
         (samples / "images" / f"{index:06d}.png").unlink()
-    (samples / "images" / "000003.partial").write_bytes(b"half")
+    (samples / "images" / "000003.png.partial").write_bytes(b"half")
     assert "2 drawn now" in sampling.run(config, str(tmp_path))
     with np.load(samples / "samples.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], found)

@@ -14,6 +14,7 @@ from etils import epath
 
 from ig_jax import pictures
 from ig_jax.paths import resolve
+from ig_jax.storage import files
 
 
 def folder_name(record: dict[str, Any]) -> str:
@@ -45,15 +46,14 @@ class PictureFolder:
         """Indices of the pictures that are there."""
         if not self.directory.exists():
             return set()
-        files, _ = pictures.list_folder(self.directory)
-        numbered = (re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", name) for name in files)
+        names, _ = pictures.list_folder(self.directory)
+        numbered = (re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", name) for name in names)
         return {int(found[1]) for found in numbered if found}
 
     def write(self, index: int, image: np.ndarray) -> None:
         """Writes one (H, W, C) uint8 picture, whole or not at all."""
-        partial = self.directory / f"{index:06d}.partial"
-        pictures.save_image(partial, pictures.from_array(image))
-        partial.replace(self.path(index))
+        with files.write_atomically(self.path(index)) as partial:
+            pictures.save_image(partial, pictures.from_array(image))
 
     def read(self, index: int) -> np.ndarray:
         """Reads one (H, W, C) uint8 picture."""
@@ -66,9 +66,9 @@ def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, sh
     The file appears under its name only when it is complete.
     """
     path = resolve(path)
-    partial = path.parent / (path.name + ".partial")
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
     with (
+        files.write_atomically(path) as partial,
         partial.open("wb") as file,
         zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
         archive.open("arr_0.npy", "w", force_zip64=True) as member,
@@ -76,4 +76,3 @@ def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, sh
         np.lib.format.write_array_header_1_0(member, header)
         for image in images:
             member.write(np.ascontiguousarray(image).tobytes())
-    partial.replace(path)
