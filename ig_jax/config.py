@@ -93,6 +93,10 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
                 # ω of the training acceleration, and the step at which it starts.
                 guided_target_scale=0.0,
                 guided_target_start=0,
+                # What ω pushes away from: the auxiliary head, or the null label ∅.
+                guided_target="auxiliary",
+                # The error that every head minimises.
+                error="squared",
             ),
             optimizer=dict(
                 name="muon" if light else "adamw",
@@ -321,6 +325,8 @@ def validate(config: ConfigDict) -> None:
     interpolant.get(config.loss.path)
     _check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
     _check_choice("loss.times", config.loss.times, interpolant.TIMES)
+    _check_choice("loss.guided_target", config.loss.guided_target, tuple(loss.TARGETS))
+    _check_choice("loss.error", config.loss.error, tuple(loss.ERRORS))
     for field, limits in LIMITS.items():
         value: Any = config
         for name in field.split("."):
@@ -363,7 +369,7 @@ def interval_pairs(field: str, values: tuple[float, ...]) -> tuple[tuple[float, 
 
 
 def _check_no_auxiliary(config: ConfigDict) -> None:
-    if config.loss.guided_target_scale:
+    if config.loss.guided_target_scale and config.loss.guided_target == "auxiliary":
         raise InputError(
             "config.loss.guided_target_scale needs an auxiliary head: "
             "expected config.model.auxiliary_depth of at least 1"

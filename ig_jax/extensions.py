@@ -20,6 +20,8 @@ TABLES: dict[str, tuple[str, str]] = {
     "weak source": ("ig_jax.diffusion.guidance", "SOURCES"),
     "guidance rule": ("ig_jax.diffusion.guidance", "RULES"),
     "guidance schedule": ("ig_jax.diffusion.guidance", "SCHEDULES"),
+    "training target": ("ig_jax.diffusion.loss", "TARGETS"),
+    "error": ("ig_jax.diffusion.loss", "ERRORS"),
     "sampler": ("ig_jax.diffusion.samplers", "SAMPLERS"),
 }
 

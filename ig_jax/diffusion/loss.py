@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import flax.struct
 import jax
@@ -43,6 +44,8 @@ class LossOptions:
         label_dropout: probability of replacing a label by ∅.
         cosine_weight: weight of the cosine term (1 for LightningDiT).
         guided_target_scale: ω of the training acceleration, 0 for none.
+        guided_target: a row of `TARGETS`: along which difference ω moves the final head's target.
+        error: a row of `ERRORS`, of every head.
     """
 
     path: str = "linear"
@@ -52,6 +55,30 @@ class LossOptions:
     label_dropout: float = 0.1
     cosine_weight: float = 0.0
     guided_target_scale: float = 0.0
+    guided_target: str = "auxiliary"
+    error: str = "squared"
+
+
+def auxiliary_gap(heads: Heads, at_null: Callable[[], Heads]) -> jax.Array:
+    """`D_f − D_i` of the first auxiliary head, the weakest (IG paper, §5)."""
+    return heads.final - heads.auxiliary[0]
+
+
+def null_gap(heads: Heads, at_null: Callable[[], Heads]) -> jax.Array:
+    """`D_f(c) − D_f(∅)`: model guidance (Tang et al. 2025, arXiv 2502.12154, eq. 12)."""
+    return heads.final - at_null().final
+
+
+# `row(heads, at_null) -> (B, …)`: the difference strong − weak by which a guided target is moved,
+# `target + ω·sg(strong − weak)`; `at_null()` is the same network's pass at the null label ∅.
+TARGETS: dict[str, Callable[[Heads, Callable[[], Heads]], jax.Array]] = {
+    "auxiliary": auxiliary_gap,
+    "null": null_gap,
+}
+# `row(prediction, target) -> (B, …)`: the error of every element, whose mean a head minimises.
+ERRORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "squared": lambda prediction, target: jnp.square(prediction - target),
+}
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -70,22 +97,31 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def losses_from(
-    heads: Heads, target: jax.Array, options: LossOptions, omega: jax.Array | float
+    heads: Heads,
+    target: jax.Array,
+    options: LossOptions,
+    omega: jax.Array | float,
+    at_null: Callable[[], Heads] | None = None,
 ) -> Losses:
-    """Compares all heads with the target (B, …); `omega` is ω at this step.
+    """Compares all heads with the target (B, …).
 
-    The guided target's weak prediction is the first auxiliary head, the weakest.
+    Args:
+        heads: of one forward pass.
+        target: what they should be.
+        options: see `LossOptions`.
+        omega: ω at this step.
+        at_null: gives the heads at the null label, for targets that need them.
     """
-    final_target = target
+    error, final_target = ERRORS[options.error], target
     zero = jnp.zeros(target.shape[0], jnp.float32)
     auxiliary = zero
     if heads.auxiliary:
-        errors = [_mean(jnp.square(head - target)) for head in heads.auxiliary]
+        errors = [_mean(error(head, target)) for head in heads.auxiliary]
         auxiliary = sum(errors[1:], errors[0]) / len(errors)
-        if options.guided_target_scale:
-            gap = jax.lax.stop_gradient(heads.final - heads.auxiliary[0])
-            final_target = target + omega * gap
-    final = _mean(jnp.square(heads.final - final_target))
+    if options.guided_target_scale:
+        gap = TARGETS[options.guided_target](heads, at_null)
+        final_target = target + omega * jax.lax.stop_gradient(gap)
+    final = _mean(error(heads.final, final_target))
     cosine = cosine_distance(heads.final, final_target) if options.cosine_weight else zero
     total = final + options.auxiliary_weight * auxiliary + options.cosine_weight * cosine
     return Losses(total, final, auxiliary, cosine)
@@ -99,6 +135,7 @@ def losses_at(
     t: jax.Array,
     options: LossOptions,
     omega: jax.Array | float | None = None,
+    null_label: int | None = None,
 ) -> Losses:
     """Losses at given noise and times.
 
@@ -109,15 +146,21 @@ def losses_at(
         t: (B,) path times in [0, 1].
         options: see `LossOptions`.
         omega: ω at this step; `options.guided_target_scale` if None.
+        null_label: the label ∅, for targets that need it.
 
     Returns:
         Per-example `Losses`.
     """
     path = interpolants.get(options.path)
-    heads = network(interpolants.interpolate(path, x, noise, t), path.network_time(t), labels)
+    x_t, network_t = interpolants.interpolate(path, x, noise, t), path.network_time(t)
+    heads = network(x_t, network_t, labels)
     target = interpolants.target(path, options.prediction, x, noise, t)
     omega = options.guided_target_scale if omega is None else omega
-    return losses_from(heads, target, options, omega)
+
+    def at_null() -> Heads:
+        return network(x_t, network_t, jnp.full_like(labels, null_label))
+
+    return losses_from(heads, target, options, omega, at_null)
 
 
 def drop_labels(labels: jax.Array, key: jax.Array, rate: float, null_label: int) -> jax.Array:
@@ -139,4 +182,4 @@ def losses(
     t = interpolants.draw_times(interpolants.get(options.path), options.times, time_key, x.shape[0])
     noise = jax.random.normal(noise_key, x.shape, jnp.float32)
     labels = drop_labels(labels, label_key, options.label_dropout, null_label)
-    return losses_at(network, x, labels, noise, t, options, omega)
+    return losses_at(network, x, labels, noise, t, options, omega, null_label)

@@ -135,3 +135,23 @@ def test_cosine_has_a_gradient_at_zero():
     assert np.isfinite(gradient).all()
     # It points towards the target.
     assert float((gradient * target).sum()) < 0
+
+
+def test_model_guidance_moves_the_target_away_from_the_null_label():
+    """target + ω·sg(D_f(c) − D_f(∅)) (arXiv 2502.12154), the other heads keeping the plain one."""
+    x = jax.random.normal(jax.random.key(0), (3, 2, 2, 1))
+    noise = jax.random.normal(jax.random.key(1), x.shape)
+    labels, t = jnp.array([1, 2, 4]), jnp.array([0.2, 0.5, 0.7])
+
+    def network(x, t, y):
+        return Heads(x * y[:, None, None, None], (x,))
+
+    options = loss.LossOptions(guided_target="null", guided_target_scale=0.5, label_dropout=0.0)
+    found = loss.losses_at(network, x, labels, noise, t, options, null_label=10)
+    x_t = (1 - t[:, None, None, None]) * x + t[:, None, None, None] * noise
+    final = x_t * labels[:, None, None, None]
+    target = noise - x + 0.5 * (final - 10 * x_t)
+    np.testing.assert_allclose(found.final, jnp.square(final - target).mean((1, 2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(
+        found.auxiliary, jnp.square(x_t - (noise - x)).mean((1, 2, 3)), rtol=1e-5
+    )
