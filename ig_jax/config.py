@@ -24,7 +24,6 @@ from ig_jax.models import dit, sizes
 from ig_jax.paths import resolve
 from ig_jax.training.optimizer import OptimizerOptions
 
-DATA_SETS = ("digits", "latents", "folder", "tfds")
 LABELS = ("random", "balanced")
 FEATURES = ("auto", "digits", "inception")
 SWEEP_METRICS = ("fid", "inception_score", "label_accuracy")
@@ -249,7 +248,8 @@ def _check_fields(config: ConfigDict, reference: ConfigDict, prefix: str = "conf
             _check_finite(field, value)
 
 
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Raises `InputError` unless `config.{field}` is a known name; the line has the closest."""
     if value not in known:
         raise InputError(
             f"config.{field} is {value!r}: expected one of {', '.join(known)}"
@@ -318,22 +318,21 @@ def validate(config: ConfigDict) -> None:
         InputError: one line naming the field, its value and what was expected.
     """
     _check_fields(config, default_config())
-    _check_choice("model.family", config.model.family, tuple(sizes.FAMILIES))
-    _check_choice("model.remat", config.model.remat, tuple(dit.REMAT_POLICIES))
-    _check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
-    _check_choice("data.name", config.data.name, DATA_SETS)
+    check_choice("model.family", config.model.family, tuple(sizes.FAMILIES))
+    check_choice("model.remat", config.model.remat, tuple(dit.REMAT_POLICIES))
+    check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     interpolant.get(config.loss.path)
-    _check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
-    _check_choice("loss.times", config.loss.times, interpolant.TIMES)
-    _check_choice("loss.guided_target", config.loss.guided_target, tuple(loss.TARGETS))
-    _check_choice("loss.error", config.loss.error, tuple(loss.ERRORS))
+    check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
+    check_choice("loss.times", config.loss.times, interpolant.TIMES)
+    check_choice("loss.guided_target", config.loss.guided_target, tuple(loss.TARGETS))
+    check_choice("loss.error", config.loss.error, tuple(loss.ERRORS))
     for field, limits in LIMITS.items():
         value: Any = config
         for name in field.split("."):
             value = value[name]
         limits.check(f"config.{field}", value)
     time_grid(config)
-    _check_choice("evaluation.features", config.evaluation.features, FEATURES)
+    check_choice("evaluation.features", config.evaluation.features, FEATURES)
     _check_sweep(config)
     spec = model_spec(config)
     # Not resolving "auto": that would start the devices, before processes found each other.
@@ -349,7 +348,7 @@ def validate(config: ConfigDict) -> None:
 
 
 def _check_sweep(config: ConfigDict) -> None:
-    _check_choice("sweep.metric", config.sweep.metric, SWEEP_METRICS)
+    check_choice("sweep.metric", config.sweep.metric, SWEEP_METRICS)
     for name in ("ig", "cfg"):
         if not config.sweep[f"{name}_scales"]:
             raise InputError(f"config.sweep.{name}_scales is empty: expected at least one scale")

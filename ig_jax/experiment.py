@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax.convert.autoencoder import autoencoder_from_pytorch, fingerprint
-from ig_jax.data import digits, images, latents, prepare
+from ig_jax.data import images, latents, prepare
+from ig_jax.data.sets import DATA_SETS
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
@@ -56,6 +57,7 @@ class Experiment:
     ) -> Experiment:
         """Validates a config against the present (or given) devices and builds its parts."""
         config_lib.validate(config)
+        config_lib.check_choice("data.name", config.data.name, tuple(DATA_SETS))
         config_lib.check_devices(config, len(jax.devices() if devices is None else devices))
         spec = config_lib.model_spec(config)
         graphdef, shapes = split(dit.abstract(spec, **config_lib.model_options(config)))
@@ -100,7 +102,8 @@ class Experiment:
 
     def open_data(self) -> DataSource:
         """Opens the data set and checks that it fits the model; raises `InputError`."""
-        source = open_source(self.config, self.sample_shape)
+        open_set = DATA_SETS[self.config.data.name]
+        source = open_set(self.config.data, self.sample_shape, self.config.model.num_classes)
         self._check(source)
         return source
 
@@ -131,27 +134,6 @@ class Experiment:
                 raise InputError(
                     f"config.model.{field} is {found}: the data set {self.config.data.name!r} {has}"
                 )
-
-
-def open_source(config: ConfigDict, shape: tuple[int, int, int]) -> DataSource:
-    """Opens the data set that `config.data` names; `shape` is the model's (H, W, C)."""
-    data = config.data
-    if data.name == "digits":
-        return digits.open_digits(data.num_validation, data.flip)
-    if data.name == "latents":
-        return latents.open_latents(
-            data.path,
-            autoencoder=data.autoencoder or None,
-            expected_shape=shape,
-            num_classes=config.model.num_classes or None,
-            num_validation=data.num_validation,
-            skip_damaged=data.skip_damaged,
-        )
-    if data.name == "folder":
-        return images.open_folder(data.path, data.image_size, data.num_validation)
-    return images.open_tfds(
-        data.tfds_name, data.image_size, data.num_validation, data_dir=data.path
-    )
 
 
 def known_facts(config: ConfigDict, spec: dit.DiTSpec) -> DataSource | None:

@@ -22,6 +22,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "guidance schedule": ("ig_jax.diffusion.guidance", "SCHEDULES"),
     "training target": ("ig_jax.diffusion.loss", "TARGETS"),
     "error": ("ig_jax.diffusion.loss", "ERRORS"),
+    "data set": ("ig_jax.data.sets", "DATA_SETS"),
     "sampler": ("ig_jax.diffusion.samplers", "SAMPLERS"),
 }
 

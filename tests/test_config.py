@@ -38,7 +38,6 @@ BAD = {
     "guidance.cfg_interval=(0.0, 1.5)": r"config.guidance.cfg_interval is \(0.0, 1.5\): expected",
     "guidance.ig_rule=projcted": "config.guidance.ig_rule is 'projcted': .*did you mean projected",
     "optimizer.name=sgd": "name is 'sgd': expected one of adamw, muon",
-    "data.name=imagenet": "config.data.name is 'imagenet': expected one of digits, latents",
 }
 
 

@@ -15,8 +15,8 @@ console.quiet_libraries()
 # Converting computes nothing, and must not take an accelerator that a run is using.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from ig_jax.config import DATA_SETS  # noqa: E402
 from ig_jax.convert import pytorch, workdir  # noqa: E402
+from ig_jax.data.sets import DATA_SETS  # noqa: E402
 from ig_jax.errors import InputError  # noqa: E402
 from ig_jax.models import dit, functional, sizes  # noqa: E402
 from ig_jax.models.dit import DiT  # noqa: E402

@@ -3,6 +3,8 @@ import pytest
 
 from ig_jax.data import digits
 from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment
+from tests.common import tiny_config
 
 
 def every(source):
@@ -60,3 +62,10 @@ def test_bad_input():
             digits.open_digits(count)
     with pytest.raises(InputError, match="config.data.flip is True: expected False"):
         digits.open_digits(flip=True)
+
+
+def test_an_unknown_data_set_is_named_before_anything_else():
+    config = tiny_config()
+    config.data.name = "digit"
+    with pytest.raises(InputError, match="config.data.name is 'digit': .*did you mean digits"):
+        Experiment.from_config(config)

@@ -11,6 +11,7 @@ import safetensors.numpy
 from ig_jax import config as config_lib
 from ig_jax import experiment
 from ig_jax.data import images, latents, pipeline, prepare, shards
+from ig_jax.data.sets import DATA_SETS
 from ig_jax.errors import InputError
 from tests.data.common import OPTIONS, encode, make_tree, strew
 
@@ -374,11 +375,11 @@ def test_latents_without_labels_are_for_unconditional_models(root, tmp_path, lay
     config = config_lib.default_config("sit", "s")
     config.data.update(path=str(tmp_path / layout), num_validation=0)
     config.model.num_classes = 0
-    assert experiment.open_source(config, (4, 4, 4)).num_classes == 0
+    assert DATA_SETS["latents"](config.data, (4, 4, 4), config.model.num_classes).num_classes == 0
     config.model.num_classes = 3
     line = f"{found}, so that these latents have no labels: config.model.num_classes is 3, expected"
     with pytest.raises(InputError, match=f"{line} 0 .an unconditional model., or labels"):
-        experiment.open_source(config, (4, 4, 4))
+        DATA_SETS["latents"](config.data, (4, 4, 4), config.model.num_classes)
 
 
 def test_shards_that_lack_labels_which_others_have(root, tmp_path):
