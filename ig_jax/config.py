@@ -381,11 +381,16 @@ def _check_no_auxiliary(config: ConfigDict) -> None:
 
 
 def check_training(config: ConfigDict) -> None:
-    """Raises `InputError` for a model that can be sampled from but has no loss to train it."""
+    """Raises `InputError` for what can be sampled from but not be trained."""
     if config.model.learned_sigma and config.optimizer.trainable == "all":
         raise InputError(
             "config.model.learned_sigma is True: expected False to train, since the variance "
             "channels have no loss here (or config.optimizer.trainable='auxiliary_head')"
+        )
+    if config.data.flip and config.data.name == "latents":
+        raise InputError(
+            "config.data.flip is True: expected False for latents, which do not mirror as pictures "
+            "do (--mode=prepare stores latents of mirrored pictures, and those are always used)"
         )
 
 
@@ -603,6 +608,9 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
     # An older version saved paths as they were typed.
     config, saved = resolve_paths(config), resolve_paths(saved)
     free = {"train": _FREE_TRAIN, "data": _FREE_DATA, "model": _FREE_MODEL}
+    if config.data.name == "latents":
+        # Older versions mirrored latents; such a run may go on without.
+        free["data"] += ("flip",)
     lines = []
     for section, values in config.items():
         if section in _FREE:

@@ -6,6 +6,7 @@ Training, sampling and evaluation all start here, so that a config means the sam
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -90,6 +91,11 @@ class Experiment:
     def sample_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of one model input."""
         return (self.spec.input_size, self.spec.input_size, self.spec.channels)
+
+    @functools.cached_property
+    def decode(self) -> Callable[[np.ndarray], Pixels]:
+        """From latents to pixels by the autoencoder that the config names, loaded but once."""
+        return autoencoder.make_decoder(load_autoencoder(self.config), uint8=True)
 
     def abstract_params(self) -> Params:
         """The parameters' shapes with their shardings, as restoring a checkpoint needs them."""
@@ -204,7 +210,7 @@ def make_to_images(experiment: Experiment, source: DataSource) -> ToImages:
     if source.autoencoder is None:
         to_pixels: Callable[[np.ndarray], Pixels] = to_uint8
     else:
-        to_pixels = autoencoder.make_decoder(load_autoencoder(experiment.config), uint8=True)
+        to_pixels = experiment.decode
 
     def to_images(x: np.ndarray, indices: np.ndarray | None = None, where: str = "") -> np.ndarray:
         found = to_pixels(np.asarray(x) * source.scale + source.shift)

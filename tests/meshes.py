@@ -40,7 +40,7 @@ def experiment_on(config: ConfigDict, mesh: jax.sharding.Mesh) -> Experiment:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Losses (STEPS, 2) of both heads, samples (16, 8, 8, 1), the step's HLO, the last state."""
+    """Losses (STEPS, 2) of both heads, samples (24, 8, 8, 1), the step's HLO, the last state."""
 
     losses: np.ndarray
     samples: np.ndarray
@@ -68,7 +68,7 @@ def train_and_draw(
         state, metrics = sharding.settle(step(state, batch, key))
         losses.append((metrics.loss_final, metrics.loss_auxiliary))
         batch = next(batches)
-    indices = np.arange(config.sampler.batch_size)
+    indices = np.arange(config.sampler.batch_size * 3 // 2)  # the second batch is half filled
     engine = make_engine(experiment)
     guidance = config_lib.guidance(config).build()
     samples = engine.draw(state.ema, guidance, 0, indices, (indices % 10).astype(np.int32))

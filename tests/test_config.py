@@ -108,6 +108,22 @@ def test_a_variance_without_a_loss_is_sampled_from_but_not_trained(tmp_path):
     config_lib.check_training(config)
 
 
+def test_latents_are_not_mirrored(tmp_path):
+    config = tiny_config()
+    config.data.update(name="latents", flip=True)
+    config_lib.validate(config)  # a workdir that was trained so can still be sampled from
+    with pytest.raises(InputError, match="config.data.flip is True: expected False for latents"):
+        loop.Trainer(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    saved = config.copy_and_resolve_references()
+    config.data.flip = False
+    assert config_lib.differences(config, saved) == []
+    saved.data.name = config.data.name = "folder"
+    assert config_lib.differences(config, saved) == [
+        "config.data.flip is False, the checkpoint has True"
+    ]
+
+
 def test_unconditional_model_refuses_cfg():
     config = tiny_config()
     config.model.num_classes = 0

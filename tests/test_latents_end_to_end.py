@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from ig_jax import config as config_lib
 from ig_jax import experiment, sampling
 from ig_jax.data import digits
 from ig_jax.errors import InputError
+from ig_jax.evaluation import evaluate
 from ig_jax.storage import weight_files
 from ig_jax.training import loop
 from tests.common import golden, seeded_weights, tiny_config
@@ -105,8 +107,24 @@ def test_pictures_to_pictures(family, pictures, autoencoder, latents, tmp_path):
         sampling.run(config, str(tmp_path))
 
 
-def test_training_without_a_decoder_says_so_at_once(pictures, autoencoder, latents, tmp_path):
+def test_a_run_loads_its_decoder_once(pictures, autoencoder, latents, tmp_path, monkeypatch):
+    """Though its sample grids, its evaluations and the one at the end all need it."""
+    loaded, load = [], experiment.load_autoencoder
+    monkeypatch.setattr(experiment, "load_autoencoder", lambda c: loaded.append(c) or load(c))
+    reference = types.SimpleNamespace(metadata={"resolution": None})
+    scorer = types.SimpleNamespace(reference=reference)
+    monkeypatch.setattr(evaluate.Scorer, "create", lambda *_: scorer)
+    trainer = loop.Trainer(make_config("sit", pictures, autoencoder, latents), str(tmp_path))
+    for _ in range(2):
+        evaluate.Evaluator.create(trainer.experiment, trainer.source, tmp_path, object())
+    assert trainer.to_images is not None and len(loaded) == 1
+
+
+@pytest.mark.parametrize("due", [{"train.sample_every": 4}, {"evaluation.at_end": True}])
+def test_training_without_a_decoder_says_so_at_once(due, pictures, autoencoder, latents, tmp_path):
     config = make_config("sit", pictures, autoencoder, latents)
+    config.train.sample_every = 0
+    config.update_from_flattened_dict(due)
     config.data.autoencoder_path = ""
     with pytest.raises(InputError, match="config.data.autoencoder_path is empty: expected"):
         loop.train(config, str(tmp_path / "w"))

@@ -526,17 +526,11 @@ def at_end(
     params: Params,
     source: DataSource,
     workdir: epath.PathLike,
+    step: int,
     engine: Engine | None = None,
 ) -> str:
-    """Evaluates freshly trained EMA weights, prints and stores the scores, and says where."""
-    results = evaluate(
-        experiment,
-        params,
-        source,
-        workdir=workdir,
-        step=experiment.config.train.num_steps,
-        engine=engine,
-    )
+    """Evaluates the EMA weights of a training step, prints and stores the scores, says where."""
+    results = evaluate(experiment, params, source, workdir=workdir, step=step, engine=engine)
     return report(results, workdir)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -168,9 +168,16 @@ class Engine:
         if pending is not None:
             yield _local(*pending, len(indices))
 
-    def draw(self, *arguments: Any, **keywords: Any) -> np.ndarray:
-        """As `batches`, but all of this process's samples at once, in order: (n, …)."""
-        return np.concatenate([x for _, x in self.batches(*arguments, **keywords)])
+    def draw(
+        self,
+        params: Params,
+        guidance: Guidance,
+        seed: int,
+        indices: np.ndarray,
+        labels: np.ndarray,
+    ) -> np.ndarray:
+        """As `batches`, but all samples at once, in order, on every process: (N, …)."""
+        return gather(self.batches(params, guidance, seed, indices, labels), len(indices))
 
     def lower(self, params: Params, guidance: Guidance) -> jax.stages.Lowered:
         """The program that draws one batch, from parameters' shapes alone."""
@@ -179,6 +186,19 @@ class Engine:
         )
         branches, guidance = self.settings.prepare(guidance)
         return self._draw.lower(branches, params, guidance, np.uint32(0), rows, rows)
+
+
+def gather(parts: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """All `count` samples, in order and on every process, of the `batches` that each one drew."""
+    positions, samples = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    whole = np.zeros((count, *samples.shape[1:]), samples.dtype)
+    whole[positions] = samples
+    if jax.process_count() == 1:
+        return whole
+    from jax.experimental import multihost_utils
+
+    # Each sample is in one process's array and zero in all others'.
+    return multihost_utils.process_allgather(whole).sum(0)
 
 
 def _local(positions: np.ndarray, drawn: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,6 @@ import functools
 import logging
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -286,14 +285,14 @@ class Trainer:
         config_lib.check_training(config)
         self.experiment = Experiment.from_config(config)
         self.source = self.experiment.open_data()
-        # Also where no pictures are due: a missing autoencoder shows now and not at the end.
-        self.to_images = (
-            make_to_images(self.experiment, self.source) if config.train.sample_every else None
-        )
+        # Already here: a missing autoencoder shows now and not when the first pictures are due.
+        draws = config.train.sample_every or config.evaluation.at_end
+        self.to_images = make_to_images(self.experiment, self.source) if draws else None
         self.programs = make_programs(self.experiment, self.source)
         self.mesh = self.experiment.mesh
         self.key = stream(config.seed, "training")
         self.ema: Params | None = None
+        self.step = 0
         self._stop = False
         self._check_workdir()
         open_batches(config, self.source, self.mesh, None)  # that they can be read; starts nothing
@@ -337,13 +336,14 @@ class Trainer:
     def _score(self, params: Params, step: int, saving: bool, writer: Any) -> Score | None:
         """Validates and evaluates when due; returns what ranks checkpoints, if it is known."""
         config, score = self.config, None
-        every = config.train.validate_every
-        if self.source.validation is not None and every and (saving or step % every == 0):
+        if self.source.validation is not None and (
+            _is_due(config.train.validate_every, step) or (saving and config.train.validate_every)
+        ):
             score = Score("validation_loss", self._validation_loss(params))
             writer.write_scalars(step, {score.name: score.value})
         if self.evaluation is not None:
             score = None
-            if step % config.evaluation.every == 0:
+            if _is_due(config.evaluation.every, step):
                 scores = self.evaluation(params)
                 writer.write_scalars(step, {f"evaluation/{k}": v for k, v in scores.items()})
                 if scores:
@@ -369,7 +369,7 @@ class Trainer:
             names = [self.source.class_names[i] if self.spec_classes else "" for i in labels]
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
             path = self.workdir / "samples" / f"step_{step:07d}.png"
-            pictures.save_image(path, pictures.labelled_grid(images, names[: len(images)]))
+            pictures.save_image(path, pictures.labelled_grid(images, names))
 
     def sample_scales(self, scales: Sequence[float], columns: int = 10) -> epath.Path:
         """Writes a grid of the same noise and labels at each IG scale, a row each."""
@@ -381,11 +381,12 @@ class Trainer:
             at_scale = options.build(self.engine.weaker)
             x = self.engine.draw(self.ema, at_scale, self.config.seed, indices, labels)
             rows.append(x)
-            titles += [f"w = {scale:g}"] * len(x)
+            titles += [f"w = {scale:g}"] * columns
         path = self.workdir / "samples" / "scales.png"
-        if is_primary() and self.to_images is not None:
+        if is_primary():
+            path.parent.mkdir(parents=True, exist_ok=True)
             images = self.to_images(np.concatenate(rows))
-            pictures.save_image(path, pictures.labelled_grid(images, titles, len(rows[0])))
+            pictures.save_image(path, pictures.labelled_grid(images, titles, columns))
         return path
 
     @property
@@ -414,7 +415,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def run(self) -> None:
-        """Trains to `config.train.num_steps`; `ema` then holds the trained weights."""
+        """Trains to `config.train.num_steps`; `ema` then holds the weights of step `step`."""
         config = self.config
         from clu import metric_writers, parameter_overview, periodic_actions
 
@@ -430,15 +431,15 @@ class Trainer:
                 "parameters:\n%s",
                 parameter_overview.get_parameter_overview(state.params, include_stats=False),
             )
-            writer.write_hparams(_flat(config))
-        if first_step:
+        else:
             log.info("continuing from step %d", first_step)
+        if first_step > config.train.num_steps:
+            log.warning("nothing to train: config.train.num_steps is %d", config.train.num_steps)
+        # Also of a continued run, whose options may be others.
+        writer.write_hparams(_flat(config))
         batches = open_batches(config, self.source, self.mesh, data_state)
         schedule = optimizer_lib.learning_rate_schedule(config_lib.optimizer_options(config))
-        report = periodic_actions.ReportProgress(
-            num_train_steps=config.train.num_steps, every_secs=30.0
-        )
-        hooks: list[Any] = [report]
+        hooks: list[Any] = []
         if config.train.profile_at:
             hooks.append(
                 periodic_actions.Profile(
@@ -456,7 +457,7 @@ class Trainer:
             )
         checkpoints.close()
         writer.close()
-        self.ema = state.ema
+        self.ema, self.step = state.ema, int(state.step)
 
     def _steps(
         self,
@@ -470,49 +471,63 @@ class Trainer:
         advance: console.Advance,
     ) -> state_lib.TrainState:
         train = self.config.train
-        totals = metrics_lib.TrainMetrics.empty()
-        clock, clock_step = time.monotonic(), first_step
+        totals, reported = metrics_lib.TrainMetrics.empty(), first_step
+        clock = metrics_lib.StepClock()
         for step in range(first_step + 1, train.num_steps + 1):
             state, scalars = sharding.settle(self.programs.step(state, next(batches), self.key))
             totals = self.programs.accumulate(totals, state.step, scalars)
             last = step == train.num_steps
             stopping = self._stop or checkpoints.preempted(step)
-            saving = last or stopping or step % train.checkpoint_every == 0
+            saving = last or stopping or _is_due(train.checkpoint_every, step)
             # An evaluated step is saved too: it may turn out to be the best.
-            saving |= self.evaluation is not None and step % self.config.evaluation.every == 0
+            saving |= self.evaluation is not None and _is_due(self.config.evaluation.every, step)
+            drawing = _is_due(train.sample_every, step) or (last and train.sample_every > 0)
             for hook in hooks:
                 hook(step)
-            if saving or step % train.log_every == 0:
-                values, bad = metrics_lib.report(totals)
-                if bad is not None:
-                    checkpoints.close()
-                    raise InputError(
-                        f"the loss is not finite at step {bad}: training stopped, expected a "
-                        f"finite number; the last good checkpoint in {self.workdir} is kept (lower "
-                        "config.optimizer.learning_rate, or look at the data)"
-                    )
-                seconds = time.monotonic() - clock
-                rate = (step - clock_step) / seconds
+            if saving or _is_due(train.log_every, step):
+                values = self._averages(totals, checkpoints)
+                rate = (step - reported) / clock.lap()
                 values |= {
                     "learning_rate": float(schedule(step - 1)),
                     "steps_per_second": rate,
                     "images_per_second": rate * train.batch_size,
                 }
                 writer.write_scalars(step, values)
-                advance(step - clock_step, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
-                totals = metrics_lib.TrainMetrics.empty()
-                clock, clock_step = time.monotonic(), step
-            score = self._score(state.ema, step, saving, writer)
-            if train.sample_every and (step % train.sample_every == 0 or last):
-                self._sample_grid(state.ema, step)
-            if saving:
-                checkpoints.save(
-                    state, step, self.config, batches.state, score, self.source.facts()
-                )
+                advance(step - reported, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
+                totals, reported = metrics_lib.TrainMetrics.empty(), step
+            if saving or drawing or _is_due(train.validate_every, step):
+                with clock.stopped(state):
+                    score = self._score(state.ema, step, saving, writer)
+                    if drawing:
+                        self._sample_grid(state.ema, step)
+                    if saving:
+                        facts = self.source.facts()
+                        checkpoints.save(state, step, self.config, batches.state, score, facts)
             if stopping and not last:
                 checkpoints.close()
                 raise Stopped(step)
         return state
+
+    def _averages(
+        self, totals: metrics_lib.TrainMetrics, checkpoints: Checkpoints
+    ) -> dict[str, float]:
+        """Averages since the last report; raises `InputError` if the loss was not finite."""
+        values, bad = metrics_lib.report(totals)
+        if bad is None:
+            return values
+        kept = f"the last good checkpoint in {self.workdir} is kept"
+        if not checkpoints.steps():
+            kept = "there is no checkpoint yet"
+        checkpoints.close()
+        raise InputError(
+            f"the loss is not finite at step {bad}: training stopped, expected a finite number; "
+            f"{kept} (lower config.optimizer.learning_rate, or look at the data)"
+        )
+
+
+def _is_due(every: int, step: int) -> bool:
+    """Whether what happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
 
 
 class Stopped(Exception):
@@ -564,14 +579,13 @@ def run(config: ConfigDict, workdir: str) -> str:
         return (
             f"stopped at step {stop.step}, checkpoint saved; the same command continues: {workdir}"
         )
+    steps = f"trained {trainer.step} steps"
     if config.evaluation.at_end:
         from ig_jax.evaluation import evaluate
 
         last_line = evaluate.at_end(
-            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.engine
+            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.step, trainer.engine
         )
         grid = trainer.sample_scales(config.evaluation.ig_scales or (1.0, config.guidance.ig_scale))
-        return (
-            f"trained {config.train.num_steps} steps; {last_line}; the same noise at each: {grid}"
-        )
-    return f"trained {config.train.num_steps} steps; checkpoints, samples and logs are in {workdir}"
+        return f"{steps}; {last_line}; the same noise at each: {grid}"
+    return f"{steps}; checkpoints, samples and logs are in {workdir}"

@@ -1,7 +1,10 @@
 """Training metrics: accumulated on devices with CLU, written by CLU's writers, watched for losses
-that stopped being numbers."""
+that stopped being numbers; and the clock that times the steps."""
 
 # No `from __future__ import annotations`: CLU reads the annotations as types.
+import contextlib
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import flax.struct
@@ -60,3 +63,31 @@ def report(total: TrainMetrics) -> tuple[dict[str, float], int | None]:
     values = {name: float(v) for name, v in jax.device_get(total.compute()).items()}
     bad = int(values.pop("first_bad_step"))
     return values, None if bad == _NEVER else bad
+
+
+class StepClock:
+    """Measures the time that training steps take; work beside them stops it."""
+
+    def __init__(self) -> None:
+        self._seconds, self._since = 0.0, time.monotonic()
+
+    @contextlib.contextmanager
+    def stopped(self, pending: Any) -> Iterator[None]:
+        """Inside, time does not count.
+
+        Args:
+            pending: what the last step returns. Devices may still be at it, so that is awaited.
+        """
+        jax.block_until_ready(pending)
+        self._seconds += time.monotonic() - self._since
+        try:
+            yield
+        finally:
+            self._since = time.monotonic()
+
+    def lap(self) -> float:
+        """Seconds that counted since the last lap."""
+        now = time.monotonic()
+        seconds = self._seconds + now - self._since
+        self._seconds, self._since = 0.0, now
+        return seconds
