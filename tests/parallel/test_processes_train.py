@@ -24,7 +24,10 @@ pytestmark = pytest.mark.slow
 
 def start(arguments, port, process_id, log):
     """Starts one of two processes; its output goes to the file `log`."""
+    # Only process 0 writes JAX's cache: it would start at once what the other still compiles, and
+    # Gloo waits for 30 seconds at most.
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    devices["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     with open(log, "w") as output:
         return subprocess.Popen(
             [sys.executable, *arguments],
