@@ -20,7 +20,8 @@ from ig_jax.checks import Limits
 from ig_jax.diffusion import interpolant, loss, samplers
 from ig_jax.diffusion.guidance import GuidanceOptions, Weaker, check_bounds
 from ig_jax.errors import InputError, suggest
-from ig_jax.models import dit, sizes
+from ig_jax.models import families, sizes, trunk
+from ig_jax.models.network import Spec
 from ig_jax.paths import resolve
 from ig_jax.training.optimizer import OptimizerOptions
 
@@ -318,8 +319,8 @@ def validate(config: ConfigDict) -> None:
         InputError: one line naming the field, its value and what was expected.
     """
     _check_fields(config, default_config())
-    check_choice("model.family", config.model.family, tuple(sizes.FAMILIES))
-    check_choice("model.remat", config.model.remat, tuple(dit.REMAT_POLICIES))
+    check_choice("model.family", config.model.family, tuple(families.NETWORKS))
+    check_choice("model.remat", config.model.remat, tuple(trunk.REMAT_POLICIES))
     check_choice("model.dtype", config.model.dtype, ("auto", "float32", "bfloat16"))
     interpolant.get(config.loss.path)
     check_choice("loss.prediction", config.loss.prediction, interpolant.PREDICTIONS)
@@ -451,25 +452,18 @@ def compute_dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def model_spec(config: ConfigDict) -> dit.DiTSpec:
+def model_spec(config: ConfigDict) -> Spec:
     """The architecture that `config.model` describes; raises `InputError` if impossible."""
     model = config.model
     depth, width, heads, published = sizes.size(model.size)
-    return dit.DiTSpec.of(
-        model.family,
-        model.size,
+    options = dict(model.items()) | dict(
         width=model.width or width,
         depth=model.depth or depth,
         heads=model.heads or heads,
         auxiliary_depths=_auxiliary_depths(model.auxiliary_depth, published),
-        input_size=model.input_size,
-        channels=model.channels,
-        patch_size=model.patch_size,
-        num_classes=model.num_classes,
-        qk_norm=model.qk_norm,
         shift=model.adaln_shift,
-        learned_sigma=model.learned_sigma,
     )
+    return families.make_spec(model.family, options)
 
 
 def _auxiliary_depths(field: int | Sequence[int], published: int) -> tuple[int, ...]:
@@ -480,7 +474,7 @@ def _auxiliary_depths(field: int | Sequence[int], published: int) -> tuple[int, 
 
 
 def model_options(config: ConfigDict) -> dict[str, Any]:
-    """Keyword arguments of `DiT` besides its spec: precision and compilation."""
+    """Keyword arguments of a network besides its spec: precision and compilation."""
     model = config.model
     return dict(dtype=compute_dtype(model.dtype), scan_blocks=model.scan_blocks, remat=model.remat)
 

@@ -23,7 +23,7 @@ from ig_jax.data.sets import DATA_SETS
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
 from ig_jax.errors import InputError
-from ig_jax.models import autoencoder, dit, network
+from ig_jax.models import autoencoder, families, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
 from ig_jax.models.pixels import Pixels, to_uint8
@@ -47,7 +47,7 @@ class Experiment:
     """
 
     config: ConfigDict
-    spec: dit.DiTSpec
+    spec: network.Spec
     graphdef: nnx.GraphDef
     shapes: Params
     mesh: Mesh
@@ -61,7 +61,7 @@ class Experiment:
         config_lib.check_choice("data.name", config.data.name, tuple(DATA_SETS))
         config_lib.check_devices(config, len(jax.devices() if devices is None else devices))
         spec = config_lib.model_spec(config)
-        graphdef, shapes = split(dit.abstract(spec, **config_lib.model_options(config)))
+        graphdef, shapes = split(families.abstract(spec, **config_lib.model_options(config)))
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         return cls(config, spec, graphdef, shapes, mesh)
 
@@ -88,9 +88,9 @@ class Experiment:
         return interpolant.get(self.config.loss.path)
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of one model input."""
-        return (self.spec.input_size, self.spec.input_size, self.spec.channels)
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one model input, such as (H, W, C)."""
+        return self.spec.shape
 
     @functools.cached_property
     def decode(self) -> Callable[[np.ndarray], Pixels]:
@@ -142,7 +142,7 @@ class Experiment:
                 )
 
 
-def known_facts(config: ConfigDict, spec: dit.DiTSpec) -> DataSource | None:
+def known_facts(config: ConfigDict, spec: network.Spec) -> DataSource | None:
     """The facts of latents that need not be there, for checkpoints that were converted.
 
     SD-VAE's normalisation is one published number. VA-VAE's is per-channel statistics, which
@@ -159,14 +159,14 @@ def known_facts(config: ConfigDict, spec: dit.DiTSpec) -> DataSource | None:
     if published is not None and published.shift is not None:
         shift, scale = np.float32([published.shift]), np.float32([published.scale])
     else:
-        found = latents.known_statistics(data.path, data.autoencoder, spec.channels)
+        found = latents.known_statistics(data.path, data.autoencoder, spec.shape[-1])
         if found is None:
             return None
         shift, scale = found
     return DataSource(
         train=None,
         validation=None,
-        shape=(spec.input_size, spec.input_size, spec.channels),
+        shape=spec.shape,
         num_classes=spec.num_classes,
         class_names=latents.class_names(spec.num_classes),
         shift=shift,

@@ -24,6 +24,7 @@ TABLES: dict[str, tuple[str, str]] = {
     "error": ("ig_jax.diffusion.loss", "ERRORS"),
     "data set": ("ig_jax.data.sets", "DATA_SETS"),
     "sampler": ("ig_jax.diffusion.samplers", "SAMPLERS"),
+    "network": ("ig_jax.models.families", "NETWORKS"),
 }
 
 

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 
 from ig_jax import config as config_lib
-from ig_jax.models import dit
+from ig_jax.models import families, functional
 from ig_jax.models.functional import split
 
 CONFIGS = sorted((pathlib.Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -22,7 +22,9 @@ def test_every_config_is_valid_and_builds(path):
     config = load(path)
     config_lib.validate(config)
     config_lib.check_devices(config, 8)
-    assert dit.parameter_count(split(dit.abstract(config_lib.model_spec(config)))[1]) > 1e5
+    assert (
+        functional.parameter_count(split(families.abstract(config_lib.model_spec(config)))[1]) > 1e5
+    )
     # The baseline that its comment promises is the same file with one override.
     config.model.auxiliary_depth = 0
     config.guidance.ig_scale = 1.0
@@ -41,8 +43,8 @@ def test_published_sizes(name):
     (path,) = (p for p in CONFIGS if p.stem == name)
     spec = config_lib.model_spec(load(path))
     parameters, flops = PARAMETERS_AND_FLOPS[name]
-    assert dit.parameter_count(split(dit.abstract(spec))[1]) == parameters
-    assert dit.forward_flops(spec) == pytest.approx(flops, rel=0.005)
+    assert functional.parameter_count(split(families.abstract(spec))[1]) == parameters
+    assert spec.forward_flops() == pytest.approx(flops, rel=0.005)
 
 
 RECIPES = {

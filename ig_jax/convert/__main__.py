@@ -18,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from ig_jax.convert import pytorch, workdir  # noqa: E402
 from ig_jax.data.sets import DATA_SETS  # noqa: E402
 from ig_jax.errors import InputError  # noqa: E402
-from ig_jax.models import dit, functional, sizes  # noqa: E402
+from ig_jax.models import functional, sizes  # noqa: E402
 from ig_jax.models.dit import DiT  # noqa: E402
 from ig_jax.paths import check_writable, resolve  # noqa: E402
 from ig_jax.storage import weight_files  # noqa: E402
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _describe(model: DiT) -> str:
     spec = model.spec
-    count = dit.parameter_count(functional.split(model)[1])
+    count = functional.parameter_count(functional.split(model)[1])
     side = spec.input_size
     depths = " and ".join(map(str, spec.auxiliary_depths))
     head = f"auxiliary head after block {depths}" if depths else "no auxiliary head"

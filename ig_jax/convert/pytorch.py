@@ -20,7 +20,9 @@ from flax import nnx, traverse_util
 
 from ig_jax.errors import InputError, suggest
 from ig_jax.models import functional, layers, sizes
-from ig_jax.models.dit import DiT, DiTSpec, abstract, add_heads
+from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.models.families import abstract
+from ig_jax.models.trunk import add_heads
 from ig_jax.storage import weight_files
 
 # Heads that only training needs: REPA's, onto the features of a pretrained encoder.

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional, network, sizes
+from ig_jax.models import families, functional, network, sizes
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import check_workdir, resolve
@@ -128,7 +128,7 @@ def load_workdir(workdir: str, which: int | str = "last", ema: bool = True) -> D
     checkpoints = Checkpoints(workdir, read_only=True)
     config = checkpoints.config(which)
     config_lib.validate(config)
-    graphdef, shapes = functional.split(dit.abstract(config_lib.model_spec(config)))
+    graphdef, shapes = functional.split(families.abstract(config_lib.model_spec(config)))
     place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes

@@ -3,8 +3,10 @@ plain nested dict of arrays, and merged again inside jitted functions."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import jax
 from flax import nnx
 
 Params = dict[str, Any]
@@ -19,3 +21,8 @@ def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
 def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
     """Rebuilds the module of `graphdef` around a nested dict of arrays, as `split` returned it."""
     return nnx.merge(graphdef, params)
+
+
+def parameter_count(params: Any) -> int:
+    """Number of scalars in a pytree of arrays or shape structs."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))

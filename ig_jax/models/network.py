@@ -30,6 +30,34 @@ class Heads:
     variance: jax.Array | None = None
 
 
+class Spec:
+    """Base of what fixes a network's architecture: subclasses are frozen dataclasses.
+
+    Their fields are named as in `config.model` where they mean the same. Attributes:
+        family: the network's name (a row of `families.NETWORKS`).
+        num_classes: number of labels; label `num_classes` is the null label ∅.
+        auxiliary_depths: where the auxiliary heads are, one number for each; empty for none.
+        shape: of one input: (H, W, C), or (D,) for vectors.
+    """
+
+    family: str
+    num_classes: int
+    auxiliary_depths: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for "no class" (∅)."""
+        return self.num_classes
+
+    def forward_flops(self) -> int:
+        """FLOPs of one forward pass of one input, two per multiply-add; 0 if nobody counted."""
+        return 0
+
+
 class Network(Protocol):
     """A network with its parameters, as losses, guidance and samplers call it."""
 

@@ -21,7 +21,7 @@ from ig_jax.data import shards
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
-from ig_jax.models import dit
+from ig_jax.models.functional import parameter_count
 from ig_jax.parallel import sharding
 from ig_jax.plan import topology
 from ig_jax.plan.hlo import Collective, collectives
@@ -183,8 +183,8 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
         ),
         choices={name: _field(config, name) for name in _CHOICES},
         batch=_describe(config, _batch(experiment)),
-        parameters=dit.parameter_count(experiment.shapes),
-        forward_flops=dit.forward_flops(experiment.spec),
+        parameters=parameter_count(experiment.shapes),
+        forward_flops=experiment.spec.forward_flops(),
         state_bytes={
             "parameters": sharding.bytes_per_device(shapes.params),
             "EMA": sharding.bytes_per_device(shapes.ema),

@@ -178,7 +178,7 @@ def sample(
         prediction=_check_prediction(prediction or family.prediction),
         null_label=spec.null_label,
         heads=len(spec.auxiliary_depths),
-        shape=(spec.input_size, spec.input_size, spec.channels),
+        shape=spec.shape,
         sampler=sampler,
         num_steps=num_steps,
         time_shift=time_shift,

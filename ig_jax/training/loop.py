@@ -30,9 +30,10 @@ from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
 from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.experiment import Experiment, make_to_images
-from ig_jax.models import dit
+from ig_jax.models import families
 from ig_jax.models.functional import Params, split
 from ig_jax.models.network import Network
+from ig_jax.models.trunk import TrunkSpec, add_heads
 from ig_jax.parallel import sharding
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
@@ -91,7 +92,7 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
     norm = functools.partial(optimizer_lib.gradient_norm, optimizer_options, layout)
 
     def init(key: jax.Array) -> state_lib.TrainState:
-        model = dit.DiT(
+        model = families.make(
             experiment.spec, **config_lib.model_options(config), rngs=nnx.Rngs(params=key)
         )
         return state_lib.create(split(model)[1], transform)
@@ -237,13 +238,9 @@ def initial_network(experiment: Experiment) -> Experiment:
     """
     workdir = experiment.config.train.init_from
     there = experiment.of_workdir(workdir)
-    comparable = there.spec
-    if set(there.spec.auxiliary_depths) <= set(experiment.spec.auxiliary_depths):
-        comparable = dataclasses.replace(
-            there.spec,
-            auxiliary_depths=experiment.spec.auxiliary_depths,
-            zero_auxiliary=experiment.spec.zero_auxiliary,
-        )
+    comparable, depths = there.spec, experiment.spec.auxiliary_depths
+    if isinstance(comparable, TrunkSpec) and set(comparable.auxiliary_depths) <= set(depths):
+        comparable = dataclasses.replace(comparable, auxiliary_depths=depths)
     for field in dataclasses.fields(comparable):
         found, expected = (getattr(s, field.name) for s in (comparable, experiment.spec))
         if found != expected:
@@ -271,7 +268,7 @@ def initial_weights(experiment: Experiment, fresh: Params) -> Params:
     checkpoints = Checkpoints(experiment.config.train.init_from, read_only=True)
     params = checkpoints.weights(there.abstract_params())
     checkpoints.close()
-    params = dit.add_heads(params, there.spec, experiment.spec, fresh)
+    params = add_heads(params, there.spec, experiment.spec, fresh)
     places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
     return jax.device_put(params, places)
 

@@ -25,7 +25,7 @@ from ig_jax.convert.pytorch import (
 )
 from ig_jax.errors import InputError
 from ig_jax.models import functional
-from ig_jax.models.dit import add_heads
+from ig_jax.models.trunk import add_heads
 from ig_jax.storage import weight_files
 from tests.common import golden
 from tests.release import random_weights, release_shapes, rope_buffers

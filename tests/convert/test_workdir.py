@@ -12,7 +12,7 @@ from ig_jax import config as config_lib
 from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 from ig_jax.convert.workdir import config_for, load_workdir, save_workdir
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional, network
+from ig_jax.models import families, functional, network
 from ig_jax.models.dit import DiTSpec
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
@@ -93,7 +93,7 @@ def test_workdir_is_not_overwritten(converted):
 def test_best_and_numbered_steps(tmp_path):
     model = from_pytorch(golden(GOLDEN[0]), heads=4, auxiliary_depth=2)
     config = config_for(model.spec)
-    _, shapes = functional.split(dit.abstract(model.spec))
+    _, shapes = functional.split(families.abstract(model.spec))
     checkpoints = Checkpoints(str(tmp_path))
 
     def full(value):

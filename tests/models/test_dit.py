@@ -14,7 +14,7 @@ from flax import nnx
 
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.errors import InputError
-from ig_jax.models import dit, functional, network
+from ig_jax.models import families, functional, network
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.models.network import Heads
 from tests.common import golden, nhwc, relative_error
@@ -168,8 +168,8 @@ def test_parameter_counts_are_the_releases(family, size, options, published):
         auxiliary=bool(spec.auxiliary_depths),
     )
     count = sum(int(np.prod(shape)) for shape in shapes.values())
-    _, params = functional.split(dit.abstract(spec))
-    assert dit.parameter_count(params) == count
+    _, params = functional.split(families.abstract(spec))
+    assert functional.parameter_count(params) == count
     assert published in (None, count)
 
 
@@ -182,7 +182,7 @@ def test_parameter_names_are_those_of_older_checkpoints():
         ((1, 2), {"between_1", "after", "auxiliary_head", "auxiliary_head_2"}),
     ):
         spec = dataclasses.replace(SPEC, auxiliary_depths=depths)
-        graphdef, params = functional.split(dit.abstract(spec))
+        graphdef, params = functional.split(families.abstract(spec))
         assert set(params) == shared | more
         facts = network.layout(graphdef, params)
         heads = {name: {p.head for p in jax.tree.leaves(part)} for name, part in facts.items()}
@@ -195,7 +195,7 @@ def test_parameter_names_are_those_of_older_checkpoints():
 
 def test_stopping_at_a_head_computes_nothing_deeper():
     spec = DiTSpec.of("sit", "s", width=32, depth=6, heads=2, auxiliary_depths=(1, 3), input_size=4)
-    graphdef, shapes = functional.split(dit.abstract(spec, scan_blocks=False))
+    graphdef, shapes = functional.split(families.abstract(spec, scan_blocks=False))
     args = (jnp.ones((2, 4, 4, 4)), jnp.zeros(2), jnp.zeros(2, jnp.int32))
 
     def lower(upto):
@@ -213,7 +213,7 @@ def test_stopping_at_a_head_computes_nothing_deeper():
 
 
 def test_flops_of_the_published_network():
-    flops = dit.forward_flops(DiTSpec.of("sit", "xl"))
+    flops = DiTSpec.of("sit", "xl").forward_flops()
     assert abs(flops / 237e9 - 1) < 0.01
 
 
@@ -236,7 +236,6 @@ SPEC = DiTSpec.of("sit", "s", width=16, depth=3, heads=2, auxiliary_depths=(1,),
         (dict(auxiliary_depths=(1, 1)), r"auxiliary_depths is \(1, 1\): expected increasing"),
         (dict(auxiliary_depths=1), r"auxiliary_depths is 1: expected a tuple"),
         (dict(rope=True, heads=8), r"head width 2 is not divisible by 4"),
-        (dict(family="lightningdot"), r"'lightningdot'.*did you mean lightningdit"),
     ],
 )
 def test_impossible_architecture_is_refused(change, message):
@@ -248,7 +247,7 @@ def test_impossible_architecture_is_refused(change, message):
 def test_unknown_size_and_wrong_input_are_refused():
     with pytest.raises(InputError, match="unknown model size 'xxl': expected one of s, b"):
         DiTSpec.of("sit", "xxl")
-    model = dit.abstract(SPEC)
+    model = families.abstract(SPEC)
     x = jax.ShapeDtypeStruct((2, 8, 8, 4), jnp.float32)
     expected = "input has shape (8, 8, 4): this model expects (4, 4, 4) (HWC)"
     with pytest.raises(InputError, match=re.escape(expected)):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
-from ig_jax.models import dit, network
+from ig_jax.models import families, network
 from ig_jax.models.functional import merge, split
 from ig_jax.models.network import Parameter
 from ig_jax.parallel import sharding
@@ -58,7 +58,7 @@ def test_meshes_learn_and_draw_the_same(shape):
 def xl_state(family, fsdp):
     """Shapes, with shardings, of the XL model's training state."""
     config = config_lib.default_config(family, "xl")
-    graphdef, params = split(dit.abstract(config_lib.model_spec(config)))
+    graphdef, params = split(families.abstract(config_lib.model_spec(config)))
     layout = network.layout(graphdef, params)
     options = dataclasses.replace(
         config_lib.optimizer_options(config), newton_schulz_dtype="float32"
@@ -176,7 +176,7 @@ def test_training_a_head_alone_costs_a_forward_pass():
     experiment = meshes.experiment_on(config, mesh_of(2, 4))
     step = fit.lower_train_step(experiment).compile(meshes.QUICKLY)
     images = config.train.batch_size // 8
-    assert step.cost_analysis()["flops"] < 1.25 * images * dit.forward_flops(experiment.spec)
+    assert step.cost_analysis()["flops"] < 1.25 * images * experiment.spec.forward_flops()
     found = collectives(step.as_text())
     parameters = jax.tree.leaves(experiment.layout)
     head = sum(4 * math.prod(p.shape) for p in parameters if p.head is not None)

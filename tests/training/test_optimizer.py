@@ -10,7 +10,8 @@ import pytest
 from ig_jax.convert.pytorch import from_pytorch, to_pytorch
 from ig_jax.diffusion.loss import LossOptions, losses_at
 from ig_jax.errors import InputError
-from ig_jax.models.dit import DiTSpec, abstract
+from ig_jax.models.dit import DiTSpec
+from ig_jax.models.families import abstract
 from ig_jax.models.functional import merge, split
 from ig_jax.models.network import Parameter, layout
 from ig_jax.training.optimizer import (

@@ -1,0 +1,84 @@
+"""The networks there are: `NETWORKS`, a row each. A row added from outside is trained, sampled and
+converted into workdirs like ours (`config.model.family` names it)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from flax import nnx
+
+from ig_jax.errors import InputError, suggest
+from ig_jax.models import sizes
+from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.models.mlp import MLP, MLPSpec
+from ig_jax.models.network import Spec
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A row of `NETWORKS`.
+
+    Attributes:
+        spec: class of the architectures, a `network.Spec` and frozen dataclass. Its fields are
+            taken from the options of the same names; options that it has no field for (`patch_size`
+            for a network of vectors) mean nothing to it.
+        module: `module(spec, *, dtype, scan_blocks, remat, rngs)`, a `network.Network`. One with
+            stacked parameters also takes the argument `gather` (`trunk.Gather`) when it is called.
+        fixed: values of fields that are not options, but what sets this family apart.
+    """
+
+    spec: type[Spec]
+    module: type[nnx.Module]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _transformer(name: str) -> Family:
+    options = sizes.FAMILIES[name]
+    fixed = ("norm", "mlp", "rope", "zero_auxiliary")
+    return Family(DiTSpec, DiT, {field: getattr(options, field) for field in fixed})
+
+
+NETWORKS: dict[str, Family] = {
+    "sit": _transformer("sit"),
+    "dit": _transformer("dit"),
+    "lightningdit": _transformer("lightningdit"),
+    "mlp": Family(MLPSpec, MLP),
+}
+
+
+def family(name: str) -> Family:
+    """Returns the row called `name`; raises `InputError` naming the known ones."""
+    if name not in NETWORKS:
+        known = tuple(NETWORKS)
+        raise InputError(
+            f"unknown model {name!r}: expected one of {', '.join(known)}{suggest(name, known)}"
+        )
+    return NETWORKS[name]
+
+
+def make_spec(name: str, options: Mapping[str, Any]) -> Spec:
+    """The architecture of a family with these options.
+
+    Args:
+        name: a name of `NETWORKS`.
+        options: values for the fields of `Family.spec`, and others, which are left out.
+
+    Returns:
+        The spec. Raises `InputError` for an unknown name or an impossible combination.
+    """
+    row = family(name)
+    fields = {field.name for field in dataclasses.fields(row.spec)}
+    chosen = {key: value for key, value in options.items() if key in fields}
+    return row.spec(**(chosen | row.fixed | {"family": name}))
+
+
+def make(spec: Spec, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
+    """A newly initialised network; options are `dtype`, `scan_blocks` and `remat`."""
+    return family(spec.family).module(spec, **options, rngs=rngs)
+
+
+def abstract(spec: Spec, **options: Any) -> Any:
+    """A network of shapes only (no arrays are made), for loading weights or compiling."""
+    return nnx.eval_shape(lambda: make(spec, **options, rngs=nnx.Rngs(0)))

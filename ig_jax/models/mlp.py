@@ -1,0 +1,134 @@
+"""A small residual network on vectors, with auxiliary heads like the transformer's: internal
+guidance where everything can be seen, as on points of the plane (IG paper, Fig. 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ig_jax.errors import InputError
+from ig_jax.models import layers
+from ig_jax.models.network import Heads, declare
+from ig_jax.models.trunk import Gather, Trunk, TrunkSpec, whole
+
+
+@dataclasses.dataclass(frozen=True)
+class MLPSpec(TrunkSpec):
+    """Everything that fixes the architecture.
+
+    Attributes:
+        channels: D, the length of a vector.
+        width, depth: of the stream, and number of residual blocks.
+        num_classes: number of labels; label `num_classes` is the null label ∅.
+        auxiliary_depths: number of blocks before each auxiliary head, increasing, 1…depth−1.
+        family: the network's name.
+    """
+
+    channels: int
+    width: int
+    depth: int
+    num_classes: int
+    auxiliary_depths: tuple[int, ...] = ()
+    family: str = "mlp"
+
+    def __post_init__(self) -> None:
+        for field in ("channels", "width", "depth"):
+            if getattr(self, field) < 1:
+                raise InputError(f"{field} is {getattr(self, field)}: expected at least 1")
+        self.check_depths()
+
+    @property
+    def shape(self) -> tuple[int]:
+        """(D,) of one input."""
+        return (self.channels,)
+
+    def forward_flops(self) -> int:
+        """FLOPs of one forward pass of one vector, two per multiply-add, matrix products only."""
+        w, d = self.width, self.channels
+        heads = (1 + len(self.auxiliary_depths)) * (2 * w * w + w * d)
+        return 2 * (self.depth * 11 * w * w + heads + w * d + 256 * w + w * w)
+
+
+class Block(nnx.Module):
+    """One residual block, gated and modulated by the condition like a transformer's MLP."""
+
+    def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.norm = layers.LayerNorm()
+        self.mlp = layers.GeluMlp(width, dtype=dtype, rngs=rngs)
+        self.modulation = nnx.Linear(
+            width, 3 * width, kernel_init=layers.zeros, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
+        m = self.modulation(nnx.silu(c)).astype(jnp.float32)
+        shift, scale, gate = jnp.split(m, 3, axis=-1)
+        h = self.mlp(layers.modulate(self.norm(x), shift, scale))
+        return x + gate[:, None] * h.astype(jnp.float32)
+
+
+class MLP(Trunk):
+    """Residual network of vectors, which it treats as a transformer would a single token.
+
+    Args:
+        spec: the architecture.
+        dtype: dtype of matrix products; parameters are float32 always.
+        scan_blocks, remat: see `Trunk`.
+        rngs: random stream of the initialisation. Blocks start as identities, heads at zero.
+    """
+
+    def __init__(
+        self,
+        spec: MLPSpec,
+        *,
+        dtype: jnp.dtype = jnp.float32,
+        scan_blocks: bool = True,
+        remat: str = "none",
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(spec, scan_blocks=scan_blocks, remat=remat)
+        width = spec.width
+        self.embed = nnx.Linear(
+            spec.channels, width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
+        )
+        self.time_embed = layers.TimeEmbedding(width, rngs=rngs)
+        self.label_embed = nnx.Embed(
+            spec.num_classes + 1, width, embedding_init=layers.normal(0.02), rngs=rngs
+        )
+        declare(self.label_embed, table=True)
+        self.add_stacks(lambda rngs: Block(width, dtype=dtype, rngs=rngs), rngs)
+
+        def head() -> layers.Head:
+            return layers.Head(
+                width, spec.channels, norm="layer", zero=True, dtype=dtype, rngs=rngs
+            )
+
+        self.add_auxiliary_heads(head)
+        self.final_head = head()
+
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array,
+        *,
+        upto: int | None = None,
+        gather: Gather = whole,
+    ) -> Heads:
+        """Predicts from noisy vectors x (B, D), times t (B,) and labels y (B,); see `Network`.
+
+        Returns:
+            `Heads` of float32 arrays shaped like x. Raises `InputError` for a wrong shape, or if
+            there is no such auxiliary head.
+        """
+        if x.shape[1:] != self.spec.shape:
+            raise InputError(
+                f"input has shape {x.shape[1:]}: this model expects {self.spec.shape} (vectors)"
+            )
+        c = self.time_embed(t) + self.label_embed(y)
+        token = self.embed(x).astype(jnp.float32)[:, None]
+        outputs, token = self.run(token, c, upto=upto, gather=gather)
+        auxiliary = tuple(output[:, 0] for output in outputs)
+        return Heads(None if token is None else self.final_head(token, c)[:, 0], auxiliary)
