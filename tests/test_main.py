@@ -9,9 +9,10 @@ from absl import flags
 from absl.testing import flagsaver
 
 from ig_jax import config as config_lib
-from ig_jax import main, sampling
+from ig_jax import main
 from ig_jax.errors import InputError
 from ig_jax.evaluation import evaluate, sweep
+from ig_jax.sampling import run as sampling
 from ig_jax.training import loop
 from tests.common import tiny_config
 from tests.test_paths import save

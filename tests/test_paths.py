@@ -59,6 +59,7 @@ def test_buckets_are_left_alone(home):
 # Config fields.
 
 TEXTS = {"data.tfds_name", "data.autoencoder", "mesh.topology"}
+TEXTS |= {"guidance.ig_schedule", "guidance.cfg_schedule"}
 
 
 def test_every_field_without_a_default_text_is_a_path_or_known_to_be_none():
