@@ -17,11 +17,13 @@ class Limits:
     Attributes:
         low, high: the bounds, both allowed; a number is finite whatever they are.
         whole: whether it is an integer.
+        excluded: a bound that is not allowed after all.
     """
 
     low: float = -math.inf
     high: float = math.inf
     whole: bool = False
+    excluded: float | None = None
 
     def check(self, name: str, value: Any) -> None:
         """Raises `InputError`, a line that starts with `name`, unless `value` is of this kind."""
@@ -30,7 +32,7 @@ class Limits:
             raise InputError(f"{name} is {value!r}: expected {self.noun}")
         if not math.isfinite(value):
             raise InputError(f"{name} is {value}: expected a finite number")
-        if not self.low <= value <= self.high:
+        if not self.low <= value <= self.high or value == self.excluded:
             raise InputError(f"{name} is {value}: expected {self}")
 
     @property
@@ -39,9 +41,12 @@ class Limits:
         return "an integer" if self.whole else "a number"
 
     def __str__(self) -> str:
-        if self.high < math.inf:
-            return f"{self.low}…{self.high}"
-        return f"at least {self.low}" if self.low > -math.inf else "a finite number"
+        if self.low == -math.inf:
+            return "a finite number"
+        if self.excluded is not None:
+            below = f" and less than {self.high}" if self.high < math.inf else ""
+            return f"{'more than' if self.excluded == self.low else 'at least'} {self.low}{below}"
+        return f"{self.low}…{self.high}" if self.high < math.inf else f"at least {self.low}"
 
 
 # Counters are int32 on the devices, and keys are made of a seed of 32 bits.
@@ -53,6 +58,9 @@ BATCH = Limits(1, 2**20, whole=True)
 SAMPLER_STEPS = Limits(1, 100_000, whole=True)
 SHARE = Limits(0, 1)
 WEIGHT = Limits(0)
+POSITIVE = Limits(0, excluded=0)
+# Of an average over steps; 1 would never see anything new.
+MEMORY = Limits(0, 1, excluded=1)
 SCALE = Limits()
 TIME_SHIFT = Limits(1e-3, 1000)
 # Below float32's resolution no step of an adaptive solver is ever accepted.

@@ -4,7 +4,7 @@ Everything a person can get wrong (a field, a file, a shape) is raised as `Input
 that says what was found and what was expected; `ig_jax.main` prints that line without a traceback.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -12,6 +12,10 @@ T = TypeVar("T")
 
 class InputError(ValueError):
     """Bad input: a config field, flag, file or array that is not what it should be."""
+
+
+class UnknownNameError(InputError):
+    """A name that no row of a table has: mistyped, or of a file that was not imported."""
 
 
 class NotFiniteError(InputError):
@@ -26,6 +30,23 @@ def suggest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> st
     return f"; did you mean {', '.join(close)}?" if close else ""
 
 
+def check_choice(name: str, value: str, known: Collection[str], shown: str | None = None) -> None:
+    """Raises `UnknownNameError` unless `value` is one of the known names.
+
+    Args:
+        name: the field or argument, for the message.
+        value: what a person asked for.
+        known: names, or a table of rows by name.
+        shown: the text that it was found in, if that is longer.
+    """
+    if value not in known:
+        known = tuple(known)
+        raise UnknownNameError(
+            f"{name} is {shown or value!r}: expected one of {', '.join(known)}"
+            f"{suggest(value, known)}"
+        )
+
+
 def look_up(table: Mapping[str, T], name: str, what: str) -> T:
     """Returns `table[name]`.
 
@@ -35,11 +56,11 @@ def look_up(table: Mapping[str, T], name: str, what: str) -> T:
         what: what the rows are, such as "autoencoder".
 
     Raises:
-        InputError: if there is no such row; the line names the known ones and the closest.
+        UnknownNameError: if there is no such row; the line names the known ones and the closest.
     """
     if name not in table:
         known = list(table)
-        raise InputError(
+        raise UnknownNameError(
             f"unknown {what} {name!r}: expected one of {', '.join(known)}{suggest(name, known)}"
         )
     return table[name]

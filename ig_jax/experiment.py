@@ -58,7 +58,7 @@ class Experiment:
     ) -> Experiment:
         """Validates a config against the present (or given) devices and builds its parts."""
         config_lib.validate(config)
-        config_lib.check_choice("data.name", config.data.name, tuple(DATA_SETS))
+        config_lib.check_choice(config, "data.name", DATA_SETS)
         config_lib.check_devices(config, len(jax.devices() if devices is None else devices))
         spec = config_lib.model_spec(config)
         graphdef, shapes = split(families.abstract(spec, **config_lib.model_options(config)))

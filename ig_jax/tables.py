@@ -8,9 +8,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import InputError, check_choice, suggest
 
 T = TypeVar("T")
+
+# Files whose rows are in the tables (`--import`), absolute.
+IMPORTED: list[str] = []
 
 
 def make(table: Mapping[str, type[T]], text: str, what: str, **defaults: Any) -> T:
@@ -26,12 +29,8 @@ def make(table: Mapping[str, type[T]], text: str, what: str, **defaults: Any) ->
         The row. Raises `InputError` naming the known rows, or the row's options.
     """
     name, options = parse(text, what)
-    problem = f"{what} is {text!r}: "
-    if name not in table:
-        known = tuple(table)
-        expected = f"expected one of {', '.join(known)}{suggest(name, known)}"
-        raise InputError(problem + expected)
-    row = table[name]
+    check_choice(what, name, table, shown=text)
+    problem, row = f"{what} is {text!r}: ", table[name]
     fields = [field for field in dataclasses.fields(row) if field.init]
     known = tuple(field.name for field in fields)
     for option in options:

@@ -9,6 +9,7 @@ own intermediate head, and then the conditional one away from that of ∅. What 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from flax import nnx
 
 from ig_jax import checks, tables
 from ig_jax.errors import InputError
+from ig_jax.fields import field
 from ig_jax.models import functional
 from ig_jax.models.network import Heads, Network
 
@@ -609,31 +611,32 @@ def _term_record(term: Term) -> dict[str, Any]:
     return values
 
 
+# Guidance does not alter what is learned.
+_field = functools.partial(field, resume="free")
+
+
 @dataclasses.dataclass(frozen=True)
 class GuidanceOptions:
-    """Guidance as plain values: `config.guidance`, a setting of a search, a record.
+    """Guidance as plain values: `config.guidance`, a setting of a search, a record."""
 
-    Attributes:
-        ig_scale, ig_interval, cfg_scale, cfg_interval: as `Guidance` has them.
-        ig_source, cfg_source: what is weak, a row of `SOURCES`: "auxiliary(head=1)", "shallow".
-        ig_rule, cfg_rule: how to extrapolate, a row of `RULES`: "projected(eta=0.5)".
-        ig_schedule, cfg_schedule: a row of `SCHEDULES` in place of the interval, or empty.
-        ig_null_scale: IG scale of the ∅ branch, or "same".
-        cfg_channels: guide only so many channels by CFG, or 0 for all.
-    """
-
-    ig_scale: float = 1.0
-    ig_interval: Bounds = (0.0, 1.0)
-    cfg_scale: float = 1.0
-    cfg_interval: Bounds = (0.0, 1.0)
-    ig_source: str = "auxiliary"
-    ig_rule: str = "linear"
-    ig_schedule: str = ""
-    ig_null_scale: str = "same"
-    cfg_source: str = "null"
-    cfg_rule: str = "linear"
-    cfg_schedule: str = ""
-    cfg_channels: int = 0
+    ig_scale: float = _field(
+        1.0, "w of internal guidance, D_i + w·(D_f − D_i); 1 for none", limits=checks.SCALE
+    )
+    ig_interval: Bounds = _field((0.0, 1.0), "low, high path times; outside it w = 1")
+    cfg_scale: float = _field(
+        1.0, "s of classifier-free guidance, D(∅) + s·(D(c) − D(∅))", limits=checks.SCALE
+    )
+    cfg_interval: Bounds = _field((0.0, 1.0), "low, high path times; outside it ∅ costs nothing")
+    ig_source: str = _field("auxiliary", "what is weak: auxiliary(head=1)", table=SOURCES)
+    ig_rule: str = _field("linear", "how to extrapolate: projected(eta=0.5)", table=RULES)
+    ig_schedule: str = _field("", "in place of the interval: ramp(stop=0.5)", table=SCHEDULES)
+    ig_null_scale: str = _field("same", "w where the label is ∅, or same")
+    cfg_source: str = _field("null", "what is weak: shallow", table=SOURCES)
+    cfg_rule: str = _field("linear", "how to extrapolate", table=RULES)
+    cfg_schedule: str = _field("", "in place of the interval", table=SCHEDULES)
+    cfg_channels: int = _field(
+        0, "guide only so many channels by CFG; 0 for all", limits=checks.COUNT_OR_NONE
+    )
 
     def build(self, weaker: Weaker | None = None) -> Guidance:
         """The terms that these values stand for.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import look_up
 
 PREDICTIONS = ("velocity", "noise", "data")
 TIMES = ("uniform", "lognormal")
@@ -176,12 +176,7 @@ INTERPOLANTS: dict[str, Interpolant] = {
 
 def get(name: str) -> Interpolant:
     """Returns the interpolant called `name`; raises `InputError` naming the known ones."""
-    if name not in INTERPOLANTS:
-        known = tuple(INTERPOLANTS)
-        raise InputError(
-            f"unknown path {name!r}: expected one of {', '.join(known)}{suggest(name, known)}"
-        )
-    return INTERPOLANTS[name]
+    return look_up(INTERPOLANTS, name, "path")
 
 
 def expand(t: jax.Array, like: jax.Array) -> jax.Array:

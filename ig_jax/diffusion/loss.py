@@ -10,7 +10,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from ig_jax import checks
 from ig_jax.diffusion import interpolant as interpolants
+from ig_jax.fields import field
 from ig_jax.models.network import Heads, Network
 
 
@@ -30,33 +32,6 @@ class Losses:
     final: jax.Array
     auxiliary: jax.Array
     cosine: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class LossOptions:
-    """What the loss is made of (defaults: SiT + IG).
-
-    Attributes:
-        path: name of the interpolant.
-        prediction: "velocity", "noise" or "data".
-        times: "uniform" or "lognormal".
-        auxiliary_weight: λ.
-        label_dropout: probability of replacing a label by ∅.
-        cosine_weight: weight of the cosine term (1 for LightningDiT).
-        guided_target_scale: ω of the training acceleration, 0 for none.
-        guided_target: a row of `TARGETS`: along which difference ω moves the final head's target.
-        error: a row of `ERRORS`, of every head.
-    """
-
-    path: str = "linear"
-    prediction: str = "velocity"
-    times: str = "uniform"
-    auxiliary_weight: float = 0.5
-    label_dropout: float = 0.1
-    cosine_weight: float = 0.0
-    guided_target_scale: float = 0.0
-    guided_target: str = "auxiliary"
-    error: str = "squared"
 
 
 def auxiliary_gap(heads: Heads, at_null: Callable[[], Heads]) -> jax.Array:
@@ -79,6 +54,32 @@ TARGETS: dict[str, Callable[[Heads, Callable[[], Heads]], jax.Array]] = {
 ERRORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "squared": lambda prediction, target: jnp.square(prediction - target),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LossOptions:
+    """What the loss is made of; λ weighs the auxiliary heads, ω is the training acceleration."""
+
+    path: str = field(
+        "linear", "interpolant between data and noise", choices=interpolants.INTERPOLANTS
+    )
+    prediction: str = field(
+        "velocity", "what the network predicts", choices=interpolants.PREDICTIONS
+    )
+    times: str = field("uniform", "how training times are drawn", choices=interpolants.TIMES)
+    auxiliary_weight: float = field(0.5, "λ, weight of the auxiliary heads", limits=checks.WEIGHT)
+    label_dropout: float = field(0.1, "probability of replacing a label by ∅", limits=checks.SHARE)
+    cosine_weight: float = field(
+        0.0, "weight of the cosine term (1 for LightningDiT)", limits=checks.WEIGHT
+    )
+    guided_target_scale: float = field(
+        0.0, "ω of the training acceleration; 0 for none", limits=checks.WEIGHT
+    )
+    guided_target: str = field(
+        "auxiliary", "what ω pushes away from: the auxiliary head, or ∅", choices=TARGETS
+    )
+    error: str = field("squared", "the error that every head minimises", choices=ERRORS)
+    guided_target_start: int = field(0, "step at which ω starts", limits=checks.COUNT_OR_NONE)
 
 
 def _mean(x: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 from flax import nnx
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import look_up
 from ig_jax.models import sizes
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.models.mlp import MLP, MLPSpec
@@ -50,12 +50,7 @@ NETWORKS: dict[str, Family] = {
 
 def family(name: str) -> Family:
     """Returns the row called `name`; raises `InputError` naming the known ones."""
-    if name not in NETWORKS:
-        known = tuple(NETWORKS)
-        raise InputError(
-            f"unknown model {name!r}: expected one of {', '.join(known)}{suggest(name, known)}"
-        )
-    return NETWORKS[name]
+    return look_up(NETWORKS, name, "model")
 
 
 def make_spec(name: str, options: Mapping[str, Any]) -> Spec:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import look_up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,16 +58,9 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
 
 def family(name: str) -> Family:
     """Returns the family called `name`; raises `InputError` naming the known ones."""
-    if name not in FAMILIES:
-        known = tuple(FAMILIES)
-        raise InputError(
-            f"unknown model {name!r}: expected one of {', '.join(known)}{suggest(name, known)}"
-        )
-    return FAMILIES[name]
+    return look_up(FAMILIES, name, "model")
 
 
 def size(name: str) -> tuple[int, int, int, int]:
     """Returns (depth, width, heads, auxiliary depth) of a named size; raises `InputError`."""
-    if name not in SIZES:
-        raise InputError(f"unknown model size {name!r}: expected one of {', '.join(SIZES)}")
-    return SIZES[name]
+    return look_up(SIZES, name, "model size")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
-from ig_jax import config as config_lib
 from ig_jax.data import latents
 from ig_jax.errors import InputError
+from ig_jax.sections import LABELS
 from ig_jax.streams import numpy_stream
 
 
@@ -42,7 +42,7 @@ def choose_labels(
 def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
     """The labels that `config.sampler.labels` asks for: random, balanced, or classes in turn."""
     wanted, num_classes = config.sampler.labels, config.model.num_classes
-    if wanted in config_lib.LABELS:
+    if wanted in LABELS:
         return choose_labels(wanted, indices, num_classes, config.seed)
     classes = latents.resolve_classes(wanted, class_names)
     return choose_labels("given", indices, num_classes, config.seed, classes)

@@ -75,7 +75,6 @@ def step_options(config: ConfigDict, null_label: int, source: DataSource) -> sta
         null_label=null_label,
         ema_decay=config.train.ema_decay,
         accumulate=config.train.accumulate,
-        guided_target_start=config.loss.guided_target_start,
         shift=source.shift,
         scale=source.scale,
     )

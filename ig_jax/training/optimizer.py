@@ -3,10 +3,8 @@ gradient clipping, learning rate schedules, training of the auxiliary head alone
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,95 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ig_jax.errors import InputError, suggest
+from ig_jax.config import compute_dtype
+from ig_jax.errors import InputError
 from ig_jax.models.functional import Params
 from ig_jax.models.network import Layout, Parameter
+from ig_jax.sections import OptimizerOptions
 
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 # Makes a Muon update about as large as an AdamW update (Liu et al. 2025, "Muon is Scalable for LLM
 # Training", eq. 4).
 ADAMW_RMS = 0.2
-
-_CHOICES = {
-    "name": ("adamw", "muon"),
-    "schedule": ("constant", "cosine"),
-    "newton_schulz_dtype": ("float32", "bfloat16"),
-    "trainable": ("all", "auxiliary_head"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerOptions:
-    """Everything that fixes the optimiser (defaults: SiT + IG; b2 is 0.95 for LightningDiT).
-
-    Attributes:
-        name: "adamw", or "muon": Muon on all matrices and Adam on biases and norm weights.
-        learning_rate: peak learning rate (2e-4 for LightningDiT).
-        schedule: "constant" or "cosine" (to zero at `num_steps`), after the warm-up.
-        warmup_steps: steps of linear warm-up from zero.
-        num_steps: length of the cosine schedule, warm-up included; unused by "constant".
-        b1, b2, eps, weight_decay: AdamW, or the Adam group of "muon"; the decay is decoupled.
-        clip_norm: bound on the global norm of the trainable gradients; None or 0 for no clipping.
-        momentum: Muon's momentum.
-        muon_weight_decay: decoupled decay of the Muon group, `p ← p·(1 − lr·decay)`.
-        newton_schulz_steps: number of Newton–Schulz iterations.
-        newton_schulz_dtype: "bfloat16" (for accelerators) or "float32": operands of its products.
-        adam_learning_rate_scale: learning rate of the Adam group of "muon" over that of Muon.
-        trainable: "all", or "auxiliary_head" to train that head on a frozen network.
-
-    Raises:
-        InputError: a field that is not what it should be.
-    """
-
-    name: str = "adamw"
-    learning_rate: float = 1e-4
-    schedule: str = "constant"
-    warmup_steps: int = 0
-    num_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float | None = 1.0
-    momentum: float = 0.95
-    muon_weight_decay: float = 0.01
-    newton_schulz_steps: int = 5
-    newton_schulz_dtype: str = "bfloat16"
-    adam_learning_rate_scale: float = 1.0
-    trainable: str = "all"
-
-    def __post_init__(self) -> None:
-        for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise InputError(
-                    f"{field} is {value!r}: expected one of {', '.join(choices)}"
-                    + suggest(str(value), choices)
-                )
-        for field in ("learning_rate", "eps", "adam_learning_rate_scale"):
-            self._check_number(field, "a positive number", lambda x: 0 < x < math.inf)
-        for field in ("b1", "b2", "momentum"):
-            self._check_number(field, "a number in [0, 1)", lambda x: 0 <= x < 1)
-        for field in ("weight_decay", "muon_weight_decay"):
-            self._check_number(field, "a number ≥ 0", lambda x: 0 <= x < math.inf)
-        if self.clip_norm is not None:
-            self._check_number("clip_norm", "a number ≥ 0 (0: off)", lambda x: 0 <= x < math.inf)
-        whole = numbers.Integral
-        for field in ("warmup_steps", "num_steps"):
-            self._check_number(field, "a whole number ≥ 0", lambda x: x >= 0, whole)
-        self._check_number("newton_schulz_steps", "a whole number ≥ 1", lambda x: x >= 1, whole)
-        if self.schedule == "cosine" and self.num_steps <= self.warmup_steps:
-            raise InputError(
-                f"num_steps is {self.num_steps}: a cosine schedule needs more than its "
-                f"warmup_steps, {self.warmup_steps}"
-            )
-
-    def _check_number(
-        self, field: str, expected: str, valid: Callable[[Any], bool], kind: type = numbers.Real
-    ) -> None:
-        value = getattr(self, field)
-        if not isinstance(value, kind) or isinstance(value, bool) or not valid(value):
-            raise InputError(f"{field} is {value!r}: expected {expected}")
 
 
 def learning_rate_schedule(options: OptimizerOptions) -> optax.Schedule:
@@ -185,7 +104,7 @@ def make_optimizer(
     muon = scale_by_muon(
         options.momentum,
         options.newton_schulz_steps,
-        jnp.dtype(options.newton_schulz_dtype),
+        compute_dtype(options.newton_schulz_dtype),
         layout,
         map_matrices,
     )

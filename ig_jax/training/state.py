@@ -56,7 +56,6 @@ class StepOptions:
         null_label: the label ∅.
         ema_decay: EMA decay per step.
         accumulate: microbatches a batch is split into, to save memory.
-        guided_target_start: first step with ω > 0.
         shift, scale: normalisation of latents, per channel.
     """
 
@@ -64,7 +63,6 @@ class StepOptions:
     null_label: int
     ema_decay: float
     accumulate: int
-    guided_target_start: int
     shift: Any
     scale: Any
 
@@ -86,7 +84,7 @@ def make_loss(
 
     def losses(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> loss_lib.Losses:
         x = model_input(batch, stream(key, "posterior"), shift=options.shift, scale=options.scale)
-        started = step >= options.guided_target_start
+        started = step >= options.loss.guided_target_start
         omega = jnp.where(started, options.loss.guided_target_scale, 0.0)
         return loss_lib.losses(
             bind(params),

@@ -161,7 +161,7 @@ def test_muon_treats_stacks_layer_by_layer_and_knows_kernels_from_tables_by_decl
     }
     params = gradients_like(facts, 9)
     options = dataclasses.replace(
-        MUON, learning_rate=0.02, muon_weight_decay=0.1, clip_norm=None, b2=0.999
+        MUON, learning_rate=0.02, muon_weight_decay=0.1, clip_norm=0.0, b2=0.999
     )
     trained, _ = apply(options, params, facts, steps=3)
     history = [gradients_like(params, seed) for seed in range(3)]
@@ -197,7 +197,7 @@ def test_muon_on_every_shape_equals_the_release():
         return Parameter(stored, table=name == "table", unflattened=unflattened)
 
     facts = {name: fact(name) for name in names}
-    optimizer = make_optimizer(dataclasses.replace(MUON, clip_norm=None), facts)
+    optimizer = make_optimizer(dataclasses.replace(MUON, clip_norm=0.0), facts)
     start = {name: ours(name, numbers[f"inputs/weight/{name}"]) for name in names}
     params, state = start, optimizer.init(start)
     for i in range(3):
@@ -307,7 +307,7 @@ def test_clip_and_norm_see_the_trainable_gradients_alone(params, facts):
     seen = {key: value for key, value in gradients.items() if key != "position"}
     assert everything == pytest.approx(float(optax.global_norm(seen)), rel=1e-6)
     # Adam's second moment after one step holds the squares of the clipped gradients.
-    for clip, expected in ((0.5, 0.5), (0, norm), (None, norm), (2 * norm, norm)):
+    for clip, expected in ((0.5, 0.5), (0, norm), (2 * norm, norm)):
         options = dataclasses.replace(options, clip_norm=clip)
         optimizer = make_optimizer(options, facts)
         _, state = optimizer.update(gradients, optimizer.init(params), params)
@@ -378,14 +378,14 @@ def test_ema_moves_by_one_minus_decay_and_rests_on_constant_weights():
         ({"schedule": "step"}, "schedule is 'step': expected one of constant, cosine"),
         ({"trainable": "head"}, "trainable is 'head': expected one of all, auxiliary_head"),
         ({"newton_schulz_dtype": "float16"}, "newton_schulz_dtype is 'float16': expected one of"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: expected a positive number"),
-        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4': expected a positive number"),
-        ({"learning_rate": math.nan}, "learning_rate is nan: expected a positive number"),
-        ({"b2": 1.0}, r"b2 is 1.0: expected a number in \[0, 1\)"),
-        ({"weight_decay": -0.1}, "weight_decay is -0.1: expected a number ≥ 0"),
-        ({"clip_norm": -1.0}, "clip_norm is -1.0: expected a number ≥ 0"),
-        ({"warmup_steps": 1.5}, "warmup_steps is 1.5: expected a whole number ≥ 0"),
-        ({"newton_schulz_steps": 0}, "newton_schulz_steps is 0: expected a whole number ≥ 1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: expected more than 0"),
+        ({"learning_rate": "1e-4"}, "learning_rate is '1e-4': expected a number"),
+        ({"learning_rate": math.nan}, "learning_rate is nan: expected a finite number"),
+        ({"b2": 1.0}, "b2 is 1.0: expected at least 0 and less than 1"),
+        ({"weight_decay": -0.1}, "weight_decay is -0.1: expected at least 0"),
+        ({"clip_norm": -1.0}, "clip_norm is -1.0: expected at least 0"),
+        ({"warmup_steps": 1.5}, "warmup_steps is 1.5: expected an integer"),
+        ({"newton_schulz_steps": 0}, "newton_schulz_steps is 0: expected 1…100"),
         (
             {"schedule": "cosine", "warmup_steps": 5, "num_steps": 5},
             "num_steps is 5: a cosine schedule needs more than its warmup_steps, 5",
