@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the table below stands for, where editors and type checkers look
-    from ig_jax.convert.autoencoder import autoencoder_from_pytorch
     from ig_jax.convert.pytorch import add_auxiliary_head, from_pytorch, to_pytorch
     from ig_jax.convert.workdir import load_workdir
     from ig_jax.diffusion.guidance import Guidance
@@ -19,6 +18,7 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.models.dit import DiT, DiTSpec
     from ig_jax.models.network import Heads
     from ig_jax.sampling.sample import Decoder, Samples, sample
+    from ig_jax.storage.autoencoders import autoencoder_from_pytorch
 
 __all__ = [
     "Decoder",
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    "convert.autoencoder": ("autoencoder_from_pytorch",),
+    "storage.autoencoders": ("autoencoder_from_pytorch",),
     "convert.pytorch": ("add_auxiliary_head", "from_pytorch", "to_pytorch"),
     "convert.workdir": ("load_workdir",),
     "diffusion.guidance": ("Guidance",),

@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax.convert.autoencoder import autoencoder_from_pytorch, fingerprint
 from ig_jax.data import images, latents, prepare
 from ig_jax.data.sets import DATA_SETS
 from ig_jax.data.source import DataSource
@@ -29,7 +28,8 @@ from ig_jax.models.functional import Params, split
 from ig_jax.models.pixels import Pixels, to_uint8
 from ig_jax.parallel import sharding
 from ig_jax.paths import check_writable
-from ig_jax.training.checkpoint import saved_config, saved_source
+from ig_jax.storage.autoencoders import autoencoder_from_pytorch, fingerprint
+from ig_jax.storage.checkpoints import saved_config, saved_source
 
 _ENCODER_BATCH = 64
 
@@ -121,7 +121,8 @@ class Experiment:
                 checkpoints carry none: then those of the named autoencoder, or of the data set.
             step: of the checkpoint; "last", "best" or a number.
         """
-        source = saved_source(workdir, step) or known_facts(self.config, self.spec)
+        facts = saved_source(workdir, step)
+        source = DataSource.from_facts(facts) if facts else known_facts(self.config, self.spec)
         if source is None:
             return self.open_data()
         self._check(source)

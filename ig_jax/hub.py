@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from ig_jax import console
-from ig_jax.convert.autoencoder import autoencoder_from_pytorch
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.data.latents import read_statistics
 from ig_jax.diffusion.guidance import Guidance
@@ -26,6 +25,7 @@ from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import resolve
 from ig_jax.sampling.sample import Decoder
 from ig_jax.storage import weight_files
+from ig_jax.storage.autoencoders import autoencoder_from_pytorch
 from ig_jax.storage.files import file_digest
 
 

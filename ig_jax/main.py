@@ -147,7 +147,7 @@ def define_config(argv: list[str]) -> None:
         return
     if not workdir:
         raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
-    from ig_jax.training.checkpoint import parse_step, saved_config
+    from ig_jax.storage.checkpoints import parse_step, saved_config
 
     config = saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
     try:
@@ -202,7 +202,7 @@ def run_mode(mode: str, config: ConfigDict) -> None:
 
 def _workdir(mode: str) -> str | None:
     """The absolute path that `--workdir` means; raises `InputError` if the mode needs one."""
-    from ig_jax.training.checkpoint import find_workdir
+    from ig_jax.storage.checkpoints import find_workdir
 
     if _WORKDIR.value:
         return os.fspath(find_workdir(_WORKDIR.value))
@@ -213,7 +213,7 @@ def _workdir(mode: str) -> str | None:
 
 def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]:
     """The step of the checkpoint to read, for modes that read one; raises `InputError`."""
-    from ig_jax.training.checkpoint import find_step, parse_step
+    from ig_jax.storage.checkpoints import find_step, parse_step
 
     pictures = mode == "evaluate" and config.evaluation.samples
     if mode in _READ_CHECKPOINT and not pictures:

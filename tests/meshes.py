@@ -15,8 +15,8 @@ from ig_jax import config as config_lib
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
 from ig_jax.sampling.run import make_engine
+from ig_jax.storage.checkpoints import Checkpoints
 from ig_jax.training import loop
-from ig_jax.training.checkpoint import Checkpoints
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
 

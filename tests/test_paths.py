@@ -16,7 +16,7 @@ from ig_jax.data import images, latents
 from ig_jax.errors import InputError
 from ig_jax.evaluation import protocol, sets, statistics
 from ig_jax.storage import weight_files
-from ig_jax.training.checkpoint import Checkpoints, Score, find_step, find_workdir, saved_config
+from ig_jax.storage.checkpoints import Checkpoints, Score, find_step, find_workdir, saved_config
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
 

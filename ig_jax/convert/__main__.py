@@ -22,7 +22,7 @@ from ig_jax.models import functional, sizes  # noqa: E402
 from ig_jax.models.dit import DiT  # noqa: E402
 from ig_jax.paths import check_writable, resolve  # noqa: E402
 from ig_jax.storage import weight_files  # noqa: E402
-from ig_jax.training.checkpoint import parse_step  # noqa: E402
+from ig_jax.storage.checkpoints import parse_step  # noqa: E402
 
 EPILOG = """\
 examples

@@ -17,9 +17,9 @@ from ig_jax.models import families, functional, network, sizes
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import check_workdir, resolve
+from ig_jax.storage.checkpoints import Checkpoints, saved_config
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, saved_config
 
 # What config.model calls otherwise than `DiTSpec`.
 _RENAMED = {"adaln_shift": "shift"}

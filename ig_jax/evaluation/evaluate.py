@@ -36,7 +36,7 @@ from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import labels_for
 from ig_jax.sampling.run import make_engine
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.storage.checkpoints import Checkpoints
 
 FOLDER = "evaluation"
 

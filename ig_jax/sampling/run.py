@@ -20,7 +20,7 @@ from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine, Settings
 from ig_jax.sampling.folder import PictureFolder, folder_name, write_npz
 from ig_jax.sampling.labels import labels_for
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.storage.checkpoints import Checkpoints
 
 
 def make_engine(experiment: Experiment) -> Engine:

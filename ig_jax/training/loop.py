@@ -40,11 +40,11 @@ from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import choose_labels
 from ig_jax.sampling.run import make_engine
+from ig_jax.storage.checkpoints import Checkpoints, Score
 from ig_jax.streams import numpy_stream, stream
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, Score
 
 log = logging.getLogger("ig_jax")
 

@@ -7,7 +7,7 @@ import pytest
 
 from ig_jax.convert.__main__ import main
 from ig_jax.storage import weight_files
-from ig_jax.training.checkpoint import saved_config
+from ig_jax.storage.checkpoints import saved_config
 from tests.common import golden
 from tests.release import random_weights, release_shapes, rope_buffers
 

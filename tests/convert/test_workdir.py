@@ -14,9 +14,9 @@ from ig_jax.convert.workdir import config_for, load_workdir, save_workdir
 from ig_jax.errors import InputError
 from ig_jax.models import families, functional, network
 from ig_jax.models.dit import DiTSpec
+from ig_jax.storage.checkpoints import Checkpoints, Score, saved_config
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, Score, saved_config
 from tests.common import golden
 from tests.release import random_weights, release_shapes
 

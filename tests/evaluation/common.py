@@ -16,7 +16,7 @@ from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import Params, split
 from ig_jax.parallel import sharding
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.storage.checkpoints import Checkpoints
 from ig_jax.training.state import TrainState
 
 STEP = 7

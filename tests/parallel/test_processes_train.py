@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ig_jax.parallel import processes, sharding
-from ig_jax.training.checkpoint import Checkpoints
+from ig_jax.storage.checkpoints import Checkpoints
 from tests import meshes
 from tests.parallel.test_processes import environment, free_port, place
 

@@ -18,10 +18,10 @@ from ig_jax.models.network import Parameter
 from ig_jax.parallel import sharding
 from ig_jax.plan import fit
 from ig_jax.plan.hlo import collectives
+from ig_jax.storage.checkpoints import Checkpoints
 from ig_jax.training import loop
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints
 from tests import meshes
 
 ADAMW = optimizer_lib.OptimizerOptions()

@@ -6,8 +6,8 @@ import pytest
 
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
+from ig_jax.storage.checkpoints import Checkpoints
 from ig_jax.training import loop
-from ig_jax.training.checkpoint import Checkpoints
 from tests.common import tiny_config
 
 

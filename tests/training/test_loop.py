@@ -12,9 +12,9 @@ from ig_jax.diffusion import loss as loss_lib
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
+from ig_jax.storage.checkpoints import Checkpoints, saved_config
 from ig_jax.training import loop
 from ig_jax.training import state as state_lib
-from ig_jax.training.checkpoint import Checkpoints, saved_config
 from tests.common import tiny_config
 
 

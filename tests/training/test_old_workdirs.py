@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import ig_jax
-from ig_jax.training.checkpoint import saved_config
+from ig_jax.storage.checkpoints import saved_config
 from tests.common import GOLDEN
 
 # The fields of later versions that this config lacks, and one that it never had.

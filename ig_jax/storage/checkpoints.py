@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -19,10 +19,8 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from ig_jax import config as config_lib
-from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.paths import check_name, resolve
-from ig_jax.training.state import TrainState
 
 FOLDER = "checkpoints"
 ITEMS = ("params", "ema", "optimizer", "config", "data", "source")
@@ -75,11 +73,27 @@ class _KeepBest(checkpoint_managers.PreservationPolicy):
         return [info.step == best for info in checkpoints]
 
 
+class State(Protocol):
+    """What is saved of a training state: pytrees of arrays, or of their shapes and shardings."""
+
+    step: Any
+    params: Any
+    ema: Any
+    optimizer: Any
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other arrays."""
+        ...
+
+
+S = TypeVar("S", bound=State)
+
+
 @dataclasses.dataclass(frozen=True)
-class Restored:
+class Restored(Generic[S]):
     """A restored training state and its data iterator's state (JSON values)."""
 
-    state: TrainState
+    state: S
     data: dict[str, Any]
 
 
@@ -132,7 +146,7 @@ class Checkpoints:
 
     def save(
         self,
-        state: TrainState,
+        state: State,
         step: int,
         config: ConfigDict,
         data: dict[str, Any],
@@ -164,7 +178,7 @@ class Checkpoints:
             metrics=None if score is None else {score.name: score.value},
         )
 
-    def restore(self, abstract: TrainState, which: int | str = "last") -> Restored:
+    def restore(self, abstract: S, which: int | str = "last") -> Restored[S]:
         """Restores a training state onto the shapes and shardings of `abstract`."""
         step = self.step(which)
         items = self._restore(
@@ -175,8 +189,8 @@ class Checkpoints:
             data=ocp.args.JsonRestore(),
         )
         counter = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        state = TrainState(counter, items["params"], items["ema"], items["optimizer"])
-        return Restored(state, items["data"])
+        arrays = {name: items[name] for name in ("params", "ema", "optimizer")}
+        return Restored(abstract.replace(step=counter, **arrays), items["data"])
 
     def weights(self, abstract: Any, which: int | str = "last", ema: bool = True) -> Any:
         """Restores the EMA (or raw) parameters onto the shapes and shardings of `abstract`."""
@@ -243,10 +257,9 @@ def saved_config(workdir: str, which: int | str = "last") -> ConfigDict:
     return config_lib.from_json(_saved_json(workdir, which, "config"), f"the config of {workdir}")
 
 
-def saved_source(workdir: str, which: int | str = "last") -> DataSource | None:
-    """What a workdir's checkpoint says of the data set; None if it was converted."""
-    facts = _saved_json(workdir, which, "source")
-    return DataSource.from_facts(facts) if facts else None
+def saved_source(workdir: str, which: int | str = "last") -> dict[str, Any] | None:
+    """The `DataSource.facts` in a workdir's checkpoint; None if it was converted."""
+    return _saved_json(workdir, which, "source") or None
 
 
 def _saved_json(workdir: str, which: int | str, item: str) -> dict[str, Any]:

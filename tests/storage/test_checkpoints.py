@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from ig_jax.errors import InputError
-from ig_jax.training.checkpoint import Checkpoints, Score, best_step, saved_config
+from ig_jax.storage.checkpoints import Checkpoints, Score, best_step, saved_config
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
 

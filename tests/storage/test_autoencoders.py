@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ig_jax.convert.autoencoder import autoencoder_from_pytorch, fingerprint
 from ig_jax.errors import InputError
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderSpec
 from ig_jax.storage import weight_files
+from ig_jax.storage.autoencoders import autoencoder_from_pytorch, fingerprint
 from tests.common import golden, nhwc, relative_error, seeded_weights
 
 GROUPS = {"vae_diffusers_small": 8, "vae_ldm_small": 32}
