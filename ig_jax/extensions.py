@@ -39,7 +39,7 @@ def load(files: Iterable[str]) -> None:
         path = resolve(file)
         if not path.is_file():
             raise InputError(f"--import is {file!r}: expected an existing Python file")
-        before = {what: dict(_table(what)) for what in TABLES}
+        before = {what: dict(table(what)) for what in TABLES}
         spec = importlib.util.spec_from_file_location(f"ig_jax_import_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
@@ -50,14 +50,15 @@ def load(files: Iterable[str]) -> None:
             raise InputError(f"--import is {file!r}: it failed with the error above") from error
         for what, rows in before.items():
             for name, row in rows.items():
-                if _table(what).get(name) is not row:
-                    _table(what)[name] = row
+                if table(what).get(name) is not row:
+                    table(what)[name] = row
                     raise InputError(
                         f"--import is {file!r}: it registers the {what} {name!r}, a name that is "
                         "taken: expected another"
                     )
 
 
-def _table(what: str) -> dict:
+def table(what: str) -> dict:
+    """The table of rows of a kind (a name of `TABLES`)."""
     module, name = TABLES[what]
     return getattr(importlib.import_module(module), name)

@@ -137,6 +137,7 @@ class Null:
         return inner()
 
     def check(self, heads: int, num_classes: int) -> None:
+        """Raises `InputError` for an unconditional model, which has no ∅."""
         if num_classes == 0:
             raise InputError(
                 "classifier-free guidance needs a null label ∅: this model is unconditional"
@@ -205,6 +206,7 @@ class Weaker:
         return heads[Pass("weaker", null)].final
 
     def check(self, heads: int, num_classes: int) -> None:
+        """Raises `InputError` if there is no network."""
         if self.graph is None:
             raise InputError("guidance by a weaker network needs one: none was given")
 
@@ -522,10 +524,12 @@ class Guidance:
         return cls.tree_unflatten(None, (tuple(terms),))
 
     def tree_flatten(self) -> tuple[tuple[tuple[Term, ...]], None]:
+        """The terms, for JAX."""
         return (self.terms,), None
 
     @classmethod
-    def tree_unflatten(cls, _: None, children: tuple[Any]) -> Guidance:
+    def tree_unflatten(cls, metadata: None, children: tuple[Any]) -> Guidance:
+        """The guidance of the terms in `children`, unchecked, for JAX; `metadata` is none."""
         guidance = object.__new__(cls)
         object.__setattr__(guidance, "terms", children[0])
         return guidance

@@ -278,7 +278,7 @@ class Ancestral(Sampler):
 
     def grid(self, num_steps: int, path: Interpolant) -> np.ndarray:
         """`num_steps` of DDPM's 1000 steps, evenly spaced with both ends (one: the first), then
-        clean data."""
+        clean data. Raises `InputError` for more than there are."""
         if num_steps > interpolants.VP_STEPS:
             raise InputError(
                 f"num_steps is {num_steps}: ddpm has at most {interpolants.VP_STEPS} steps"
@@ -358,7 +358,7 @@ class DormandPrince(Sampler):
         noise: Noise | None = None,
         trajectory: bool = False,
     ) -> tuple[jax.Array, None]:
-        """As `Sampler.solve`, on no grid."""
+        """As `Sampler.solve`, on no grid; raises `InputError` for a trajectory."""
         if trajectory:
             raise InputError("trajectory: an adaptive sampler has no fixed grid to return")
         attempt = functools.partial(self._attempt, field)

@@ -15,7 +15,7 @@ from ig_jax.models.functional import Params
 
 @flax.struct.dataclass
 class Heads:
-    """What one forward pass predicts; every array has the input's shape, float32.
+    """What one forward pass predicts; every array is float32 and shaped like the input, (B, …).
 
     Attributes:
         final: the final head's output, `D_f`; None where the pass stopped before it.
