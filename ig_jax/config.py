@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import types
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict, FieldReference
 from ig_jax import errors, fields, tables
 from ig_jax.diffusion import interpolant, loss, samplers
 from ig_jax.diffusion.guidance import GuidanceOptions, Weaker, check_bounds
-from ig_jax.errors import InputError, UnknownNameError
+from ig_jax.errors import InputError, UnknownNameError, suggest
 from ig_jax.models import families, sizes
 from ig_jax.models.network import Spec
 from ig_jax.paths import resolve
@@ -82,6 +82,40 @@ def _config(values: dict[str, Any]) -> ConfigDict:
             value = values[section][name]
             config[section][name] = FieldReference(value, field_type=object)
     return config
+
+
+def find_field(path: str) -> fields.Field:
+    """The field "train.num_steps"; raises `InputError` if there is none, or it is a section."""
+    section, _, name = path.partition(".")
+    inside = fields.sections(Config)
+    if path in inside:
+        first = next(iter(fields.declared(inside[path])))
+        raise InputError(
+            f"config.{path} is a section: expected one of its fields, such as config.{path}.{first}"
+        )
+    if path not in FIELDS:
+        known = fields.declared(inside[section]) if section in inside else FIELDS.keys() | inside
+        closest = suggest(name if section in inside else section, sorted(known))
+        raise InputError(f"unknown config field config.{path}{closest}")
+    return FIELDS[path]
+
+
+def describe(topic: str, known: Mapping[str, Collection[str]]) -> str:
+    """What there is in "config", or in a section such as "config.guidance".
+
+    Args:
+        topic: either.
+        known: names for fields whose tables are in rooms above, by path.
+
+    Returns:
+        Lines. Raises `InputError` for an unknown section.
+    """
+    inside = {f"config.{name}": section for name, section in fields.sections(Config).items()}
+    errors.check_choice("--help", topic, ("config", *inside))
+    if topic in inside:
+        return fields.describe(inside[topic], topic, known)
+    listed = [f"  --help={name:18} {fields.summary(inside[name])}" for name in inside]
+    return "\n".join([fields.describe(Config, "config", known), "", *listed])
 
 
 def validate(config: ConfigDict) -> None:

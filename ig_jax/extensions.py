@@ -1,17 +1,25 @@
-"""`--import=FILE`: a person's own rows in the tables, from a file outside the package.
+"""A person's own Python files: `--import=FILE` adds rows to the tables, `--config=FILE` is an
+experiment.
 
-The file is imported before the config is read; whatever it puts into a table is then known to every
-flag, record and search, like a row of ours.
+A file of rows is imported before the config is read; what it puts into a table is then known to
+every flag, record and search, like a row of ours.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
 import traceback
 from collections.abc import Iterable
+from types import ModuleType
 
+from etils import epath
+from ml_collections import ConfigDict
+
+from ig_jax import tables
 from ig_jax.errors import InputError
 from ig_jax.paths import resolve
 
@@ -28,23 +36,24 @@ TABLES: dict[str, tuple[str, str]] = {
 }
 
 
-def load(files: Iterable[str]) -> None:
+def load(files: Iterable[str]) -> tuple[str, ...]:
     """Imports files that add rows to the tables.
+
+    Returns:
+        Their absolute paths, for the config.
 
     Raises:
         InputError: for a file that is not there, fails to import (after its own traceback), or
             takes a name that is taken.
     """
+    loaded = []
     for file in files:
         path = resolve(file)
         if not path.is_file():
             raise InputError(f"--import is {file!r}: expected an existing Python file")
         before = {what: dict(table(what)) for what in TABLES}
-        spec = importlib.util.spec_from_file_location(f"ig_jax_import_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module
         try:
-            spec.loader.exec_module(module)
+            _execute(path)
         except Exception as error:
             traceback.print_exc()
             raise InputError(f"--import is {file!r}: it failed with the error above") from error
@@ -56,6 +65,68 @@ def load(files: Iterable[str]) -> None:
                         f"--import is {file!r}: it registers the {what} {name!r}, a name that is "
                         "taken: expected another"
                     )
+        loaded.append(os.fspath(path))
+    tables.IMPORTED.extend(loaded)
+    return tuple(loaded)
+
+
+def read_config(text: str) -> ConfigDict:
+    """The config of `--config=FILE`: what the file's `get_config()` returns.
+
+    Args:
+        text: a path, or path:argument for a `get_config(argument)`.
+
+    Raises:
+        InputError: for what is no such file; the line names the file, and its line that failed.
+    """
+    file, colon, argument = text.partition(":")
+    path = resolve(file or text)
+    if not path.is_file():
+        found = "a folder, expected" if path.is_dir() else "expected an existing file, such as"
+        raise InputError(f"--config is {text!r}: {found} configs/….py")
+    arguments = (argument,) if colon else ()
+    try:
+        get_config = getattr(_execute(path), "get_config", None)
+        if not callable(get_config):
+            raise InputError(f"{path}: no function get_config(), expected one as in configs/")
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError as error:
+            expected = f"--config={file}" + ("" if colon else ":ARGUMENT")
+            raise InputError(
+                f"--config is {text!r}: its get_config has {error}, expected {expected}"
+            ) from None
+        config = get_config(*arguments)
+    except Exception as error:
+        raise InputError(_blame(error, os.fspath(path))) from error
+    if not isinstance(config, ConfigDict):
+        raise InputError(
+            f"{path}: get_config() returned {type(config).__name__}, expected a ConfigDict "
+            "(ig_jax.config.default_config() and changes to it)"
+        )
+    return config
+
+
+def _blame(error: Exception, path: str) -> str:
+    """One line on an error in a config file: where, and what."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == path]
+    what = str(error).splitlines()[0] if str(error) else ""
+    if isinstance(error, SyntaxError):
+        path, lines, what = error.filename, [error.lineno], error.msg
+    elif isinstance(error, InputError) and not lines:
+        return what
+    kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+    return f"{path}, line {lines[-1]}: {kind}{what}" if lines else f"{path}: {kind}{what}"
+
+
+def _execute(path: epath.Path) -> ModuleType:
+    """Runs a Python file as a module of its own."""
+    spec = importlib.util.spec_from_file_location(f"ig_jax_import_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def table(what: str) -> dict:

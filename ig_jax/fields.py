@@ -71,7 +71,9 @@ class Field:
         if self.choices is not None:
             return ", ".join(self.choices)
         if self.table is not None:
-            return f"{', '.join(self.table)}; options as in name(option=value)"
+            return ", ".join(tables.spell_options(*row) for row in self.table.items())
+        if self.path:
+            return "a path"
         noun = _noun(self.kind)
         return noun if self.limits in (None, Limits()) else f"{noun}, {self.limits}"
 
@@ -139,16 +141,27 @@ def check_values(section: type, values: Mapping[str, Any], prefix: str) -> None:
             check_values(inside[name], values[name], f"{prefix}.{name}")
 
 
-def describe(section: type, prefix: str) -> str:
-    """Every field of a section, for `--help`: default, what it means, what it may be."""
-    lines = [f"{prefix}: {inspect.getdoc(section).splitlines()[0]}"]
+def summary(section: type) -> str:
+    """What a section is, in a line."""
+    return inspect.getdoc(section).splitlines()[0]
+
+
+def describe(section: type, prefix: str, known: Mapping[str, Collection[str]]) -> str:
+    """Every field of a section, for `--help`: default, what it means, what it may be.
+
+    Args:
+        section: a section.
+        prefix: its path, such as "config.guidance".
+        known: names that a field may be, by path, where the section itself cannot know them.
+    """
+    lines = [f"{prefix}: {summary(section)}"]
     for name, facts in declared(section).items():
+        path = f"{prefix}.{name}"
         default = facts.default if isinstance(facts.default, str) else repr(facts.default)
-        lines += [
-            f"\n  --{prefix}.{name}={default}",
-            f"      {facts.help}",
-            f"      {facts.expected}; {facts.resume} when a run is resumed",
-        ]
+        expected = ", ".join(known[path]) if path in known else facts.expected
+        resumed = "may change" if facts.resume == "free" else "stays"
+        lines += [f"\n  --{path}={default}", f"      {facts.help}"]
+        lines += [f"      {expected}; {resumed} when a run is resumed"]
     return "\n".join(lines)
 
 

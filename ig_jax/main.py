@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ig_jax import console
 
@@ -15,7 +17,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from ig_jax import extensions  # noqa: E402
 from ig_jax.errors import InputError, suggest  # noqa: E402
-from ig_jax.paths import check_workdir, resolve  # noqa: E402
+from ig_jax.paths import check_workdir  # noqa: E402
 
 START = """\
 How to start
@@ -125,35 +127,39 @@ def _arguments(argv: list[str], name: str) -> list[str]:
     return values
 
 
-def define_config(argv: list[str]) -> None:
-    """Defines `--config` and its overrides: from the file given, or from the workdir's checkpoint.
+def _take(argv: list[str], name: str) -> list[str]:
+    """Removes a flag before flags are parsed; returns all its values."""
+    values = []
+    while (place := _locate(argv, name)) is not None:
+        i, start = place
+        values.append(argv[i][start:])
+        del argv[i if start else i - 1 : i + 1]
+    return values
 
-    The file's path in `argv` is made absolute, since ml_collections opens it as it was typed.
+
+def define_config(argv: list[str]) -> None:
+    """Defines the overrides of a config: of the file given, or of the workdir's checkpoint.
+
+    Takes `--config=FILE` out of `argv`.
 
     Raises:
         InputError: neither a config file nor a workdir with a checkpoint.
     """
-    extensions.load(_arguments(argv, "import"))
-    workdir, place = _argument(argv, "workdir"), _locate(argv, "config")
-    if place is not None:
-        i, start = place
-        file, colon, argument = argv[i][start:].partition(":")
-        if not file or not resolve(file).is_file():
-            raise InputError(
-                f"--config is {argv[i][start:]!r}: expected an existing file, such as configs/…"
-            )
-        argv[i] = f"{argv[i][:start]}{resolve(file)}{colon}{argument}"
-        config_flags.DEFINE_config_file("config", None, "experiment file, `get_config()`")
-        return
-    if not workdir:
-        raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
-    from ig_jax.storage.checkpoints import parse_step, saved_config
+    imports = extensions.load(_arguments(argv, "import"))
+    workdir, files = _argument(argv, "workdir"), _take(argv, "config")
+    if files:
+        config = extensions.read_config(files[-1])
+    elif workdir:
+        from ig_jax.storage.checkpoints import parse_step, saved_config
 
-    config = saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
-    try:
-        config_flags.DEFINE_config_dict("config", config)
-    except (flags.Error, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise InputError(_flag_message(argv, error)) from None
+        config = saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
+    else:
+        raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
+    if imports:
+        with config.unlocked():
+            config.imports = tuple(dict.fromkeys((*config.get("imports", ()), *imports)))
+    with _one_line(argv):
+        config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
 
 
 def _run(argv: list[str]) -> None:
@@ -235,6 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         print(START, end="")
         return 0
     try:
+        if topics := [a.removeprefix("--help=") for a in argv if a.startswith("--help=")]:
+            extensions.load(_arguments(argv, "import"))
+            print(_help(topics[-1]))
+            return 0
         if _HELP_FLAGS.isdisjoint(argv) and _argument(argv, "compare") is None:
             define_config(argv)
         app.run(_run, argv, flags_parser=_parse)
@@ -242,6 +252,13 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ig_jax: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _help(topic: str) -> str:
+    """What `--help=config.guidance` prints; raises `InputError` for an unknown section."""
+    from ig_jax import config as config_lib
+
+    return config_lib.describe(topic, {"config.data.name": extensions.table("data set")})
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -254,7 +271,8 @@ def _parse(argv: list[str]) -> list[str]:
         print(
             "\nFlags\n  --config=FILE       experiment; without it, the workdir's checkpoint's own"
         )
-        print("  --config.a.b=value  overrides a field (see ig_jax/config.py for all of them)")
+        print("  --config.a.b=value  overrides a field; --help=config lists the sections, and")
+        print("                      --help=config.guidance the fields of one")
         print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
         print("  --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its")
         print("                      number (last if left out)")
@@ -264,32 +282,34 @@ def _parse(argv: list[str]) -> list[str]:
         print("  --guidance=best     sample or evaluate with what --mode=sweep found")
         print("  --compare A B       with --mode=evaluate: how the protocols of two results differ")
         raise SystemExit(0)
-    try:
+    with _one_line(argv):
         return flags.FLAGS(argv)
+
+
+@contextlib.contextmanager
+def _one_line(argv: list[str]) -> Iterator[None]:
+    """What absl and ml_collections complain of becomes a line that names the config's field."""
+    try:
+        yield
+    except InputError:
+        raise
     except (flags.Error, AttributeError, TypeError, KeyError, ValueError) as error:
-        raise InputError(_flag_message(argv, error)) from None
+        raise InputError(_flag_message(argv, str(error))) from None
 
 
-def _flag_message(argv: list[str], error: Exception) -> str:
-    """Names the config field that an override got wrong."""
-    if isinstance(error, InputError):
-        return str(error)
-    from ig_jax.config import default_config
+def _flag_message(argv: list[str], text: str) -> str:
+    """What is wrong with an override; raises `InputError` for one of a field that is not there."""
+    from ig_jax import config as config_lib
 
     for argument in argv[1:]:
-        if not argument.startswith("--config."):
-            continue
-        name, _, value = argument[2:].partition("=")
-        node = default_config()
-        for part in name.split(".")[1:]:
-            if not isinstance(node, ConfigDict) or part not in node:
-                known = tuple(node) if isinstance(node, ConfigDict) else ()
-                return f"unknown config field {name}{suggest(part, known)}"
-            node = node[part]
-        if repr(value) in str(error) or f"'{name}'" in str(error) or name in str(error):
-            kind = type(node).__name__
-            return f"{name} is {value!r}: expected a value like {node!r} ({kind})"
-    return str(error).splitlines()[0]
+        path = re.match(r"--?config\.([^=]+)", argument)
+        if path:
+            config_lib.find_field(path[1])
+    refused = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
+    if refused:
+        path, value = refused.groups()
+        return f"config.{path} is {value!r}: expected {config_lib.find_field(path).expected}"
+    return text.splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ _SEVERAL = Limits(2, 2**31 - 1, whole=True)
 class DataOptions:
     """What is learned from."""
 
-    name: str = field("latents", "what kind of data set: digits, latents, folder, tfds")
+    name: str = field("latents", "what kind of data set")
     path: str = _free(
         "",
         "prepared latents (to sample converted weights, their latents_stats.pt "
@@ -227,9 +227,9 @@ class SweepOptions:
     at high and middle noise only.
     """
 
-    ig_scales: tuple[float, ...] = _free((1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "IG scales")
+    ig_scales: tuple[float, ...] = _free((1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "IG scales to try")
     ig_intervals: tuple[float, ...] = _free((0.0, 1.0, 0.3, 1.0), "pairs low, high of path times")
-    cfg_scales: tuple[float, ...] = _free((1.0,), "CFG scales")
+    cfg_scales: tuple[float, ...] = _free((1.0,), "CFG scales to try")
     cfg_intervals: tuple[float, ...] = _free((0.0, 1.0), "pairs low, high of path times")
     metric: str = _free(
         "fid", "what is searched for; label_accuracy: digits only", choices=SWEEP_METRICS

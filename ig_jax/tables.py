@@ -76,3 +76,13 @@ def spell(table: Mapping[str, type], row: Any) -> str:
         if field.init and getattr(row, field.name) != field.default
     ]
     return f"{name}({', '.join(options)})" if options else name
+
+
+def spell_options(name: str, row: type) -> str:
+    """A row's name and all options that a text can give it, with their defaults, for `--help`."""
+    options = ", ".join(
+        f"{field.name}={field.default!r}"
+        for field in dataclasses.fields(row)
+        if field.init and isinstance(field.default, int | float | str | tuple)
+    )
+    return f"{name}({options})" if options else name

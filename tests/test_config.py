@@ -201,6 +201,19 @@ def test_the_length_of_a_run_is_fixed_where_its_learning_rate_depends_on_it():
     assert config_lib.differences(longer, config) == []
 
 
+def test_only_what_does_not_alter_what_is_learned_may_change():
+    """Of every field: the rule that it declares is the one that resuming follows."""
+    free = {path for path, field in config_lib.FIELDS.items() if field.resume == "free"}
+    assert {"guidance.ig_scale", "sampler.name", "train.num_steps", "model.remat"} < free
+    assert not free & {"seed", "loss.path", "model.width", "optimizer.b2", "train.batch_size"}
+    for path in config_lib.FIELDS:
+        config = tiny_config().to_dict()
+        section, _, name = path.rpartition(".")
+        (config[section] if section else config)[name] = "other"
+        found = config_lib.differences(ConfigDict(config), tiny_config())
+        assert [line.split()[0] for line in found] == [f"config.{path}"] * (path not in free)
+
+
 def test_differences_name_what_matters_and_only_that():
     saved, config = tiny_config(), tiny_config()
     config.guidance.ig_scale = 3.0

@@ -50,8 +50,17 @@ CONFIG = "--config=configs/digits_ig.py"
         ([CONFIG, "--workdir={}", "--config.train.num_stps=1"], "did you mean num_steps?"),
         (
             [CONFIG, "--workdir={}", "--config.train.num_steps=abc"],
-            "config.train.num_steps is 'abc': expected a value like",
+            "config.train.num_steps is 'abc': expected an integer, 1…2147483647",
         ),
+        (
+            [CONFIG, "--workdir={}", "--config.seed=1", "--config.seed=x"],
+            "config.seed is 'x': expected an integer",
+        ),
+        (
+            [CONFIG, "--workdir={}", "--config.model=5"],
+            "config.model is a section: expected one of its fields, such as config.model.family",
+        ),
+        ([CONFIG, "--workdir={}", "--help=config.gudance"], "did you mean config.guidance"),
         (
             [CONFIG, "--workdir={}", "--config.guidance.ig_interval=(0.9,0.1)"],
             "config.guidance.ig_interval is (0.9, 0.1): expected",
