@@ -10,12 +10,9 @@ channels only. Its authors give FID 2.27 for 1.5 on three channels, and 2.23 for
 Baseline without internal guidance: --config.model.auxiliary_depth=0 --config.guidance.ig_scale=1
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns DiT's recipe with the auxiliary head of SiT-XL/2."""
-    config = default_config("dit", "xl")
-    config.train.num_steps = 400_000
-    config.guidance.ig_scale = 1.4
-    return config
+    return published_config("dit-xl-2-ig")

@@ -6,12 +6,9 @@ reports no FID for this size.
 Baseline without internal guidance: --config.model.auxiliary_depth=0 --config.guidance.ig_scale=1
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns the published recipe at this size."""
-    config = default_config("lightningdit", "l")
-    config.train.update(num_steps=300_000, ema_decay=0.9995)
-    config.guidance.ig_scale = 1.7
-    return config
+    return published_config("lightningdit-l-1-ig")

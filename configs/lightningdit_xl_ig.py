@@ -15,16 +15,9 @@ three of the 32 latent channels only, where IG's release, and this code, guide a
 The EMA decay is the paper's 0.9995; the authors' published config has 0.9999.
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns the published recipe."""
-    config = default_config("lightningdit", "xl")
-    config.train.update(num_steps=3_400_000, ema_decay=0.9995)
-    # With --config.mesh.fsdp=4 this fits chips of 16 GiB (TPU v5e) at 16 images a chip.
-    config.model.remat = "dots"
-    # A multiple of the devices of a pod of 256.
-    config.sampler.batch_size = 256
-    config.guidance.ig_scale = 1.7
-    return config
+    return published_config("lightningdit-xl-1-ig")

@@ -10,12 +10,9 @@ What the paper reports (80 epochs = 400,000 steps, FID-50K, no CFG):
     (as it stands: ig_scale 2.3 on (0.3, 1))                                           16.19
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns the best setting of the paper's ablations."""
-    config = default_config("sit", "b")
-    config.train.num_steps = 400_000
-    config.guidance.update(ig_scale=2.3, ig_interval=(0.3, 1.0))
-    return config
+    return published_config("sit-b-2-ig")

@@ -6,12 +6,9 @@ The paper's ablations use 80 epochs (400,000 steps). It tabulates no FID for thi
 Baseline without internal guidance: --config.model.auxiliary_depth=0 --config.guidance.ig_scale=1
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns the published recipe at this size."""
-    config = default_config("sit", "l")
-    config.train.num_steps = 400_000
-    config.guidance.ig_scale = 1.4
-    return config
+    return published_config("sit-l-2-ig")

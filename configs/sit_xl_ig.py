@@ -9,16 +9,9 @@ Baseline without internal guidance (SiT-XL/2, 1400 epochs: FID 8.61, IS 131.7):
     --config.model.auxiliary_depth=0 --config.guidance.ig_scale=1
 """
 
-from ig_jax.config import default_config
+from ig_jax.config import published_config
 
 
 def get_config():
     """Returns the published recipe."""
-    config = default_config("sit", "xl")
-    config.train.num_steps = 4_000_000
-    # With --config.mesh.fsdp=4 this fits chips of 16 GiB (TPU v5e) at 16 images a chip.
-    config.model.remat = "dots"
-    # A multiple of the devices of a pod of 256.
-    config.sampler.batch_size = 256
-    config.guidance.ig_scale = 1.4
-    return config
+    return published_config("sit-xl-2-ig")

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict, FieldReference
 
-from ig_jax import errors, fields, tables
+from ig_jax import errors, fields, recipes, tables
 from ig_jax.diffusion import interpolant, loss, samplers
 from ig_jax.diffusion.guidance import GuidanceOptions, Weaker, check_bounds
-from ig_jax.errors import InputError, UnknownNameError, suggest
-from ig_jax.models import families, sizes
+from ig_jax.errors import InputError, UnknownNameError, look_up, suggest
+from ig_jax.models import families
 from ig_jax.models.network import Spec
 from ig_jax.paths import resolve
 from ig_jax.sections import Config, OptimizerOptions
@@ -33,44 +33,37 @@ def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
 
     Args:
         family: a name of `models.families.NETWORKS`.
-        size: a name of `models.sizes.SIZES`.
+        size: a name of `recipes.SIZES`.
+
+    Raises:
+        InputError: an unknown family.
     """
     values = {name: field.default for name, field in fields.declared(Config).items()}
     for name, section in fields.sections(Config).items():
         values[name] = {key: field.default for key, field in fields.declared(section).items()}
-    for path, value in recipe(family).items():
-        section, name = path.split(".")
-        values[section][name] = value
+    families.family(family)
+    for name, section in recipes.family(family).config.items():
+        values[name].update(section)
     values["model"].update(family=family, size=size)
     return _config(values)
 
 
-def recipe(family: str) -> dict[str, Any]:
-    """What a family's authors published, by field, where it is not SiT's; raises `InputError`."""
-    families.family(family)
-    found: dict[str, Any] = {}
-    if family in sizes.FAMILIES:
-        options = sizes.FAMILIES[family]
-        for field in ("input_size", "channels", "patch_size"):
-            found[f"model.{field}"] = getattr(options, field)
-        for field in ("path", "prediction"):
-            found[f"loss.{field}"] = getattr(options, field)
-    if family == "dit":
-        found |= {"sampler.name": "ddpm"}
-    if family == "lightningdit":
-        found |= {
-            "data.autoencoder": "va-vae-f16d32",
-            "loss.cosine_weight": 1.0,
-            "optimizer.name": "muon",
-            "optimizer.learning_rate": 2e-4,
-            "optimizer.b2": 0.95,
-            "sampler.name": "heun2",
-            "sampler.num_steps": 125,
-            "sampler.time_shift": 0.3,
-            # Everywhere, or at high and middle noise, where time runs from noise to data.
-            "sweep.ig_intervals": (0.0, 1.0, 0.0, 0.7),
-        }
-    return found
+def published_config(name: str, changes: Mapping[str, Any] | None = None) -> ConfigDict:
+    """The config of a published network.
+
+    Args:
+        name: a name of `recipes.RECIPES`, such as "sit-xl-2-ig".
+        changes: fields, "section.field", in which a setting differs (`recipes.Result.changes`).
+
+    Returns:
+        The config. Raises `InputError` for an unknown name.
+    """
+    recipe = look_up(recipes.RECIPES, name, "published recipe")
+    config = default_config(recipe.family, recipe.size)
+    for section, values in recipe.config.items():
+        config[section].update(values)
+    config.update_from_flattened_dict(changes or {})
+    return config
 
 
 def _config(values: dict[str, Any]) -> ConfigDict:
@@ -264,12 +257,12 @@ def compute_dtype(name: str) -> jnp.dtype:
 def model_spec(config: ConfigDict) -> Spec:
     """The architecture that `config.model` describes; raises `InputError` if impossible."""
     model = config.model
-    depth, width, heads, published = sizes.size(model.size)
+    size = recipes.size(model.size)
     options = dict(model.items()) | dict(
-        width=model.width or width,
-        depth=model.depth or depth,
-        heads=model.heads or heads,
-        auxiliary_depths=_auxiliary_depths(model.auxiliary_depth, published),
+        width=model.width or size.width,
+        depth=model.depth or size.depth,
+        heads=model.heads or size.heads,
+        auxiliary_depths=_auxiliary_depths(model.auxiliary_depth, size.auxiliary_depth),
         shift=model.adaln_shift,
     )
     with _naming("model"):

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ig_jax import console
+from ig_jax import config as config_lib
+from ig_jax import console, recipes
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.data.latents import read_statistics
 from ig_jax.diffusion.guidance import Guidance
@@ -33,7 +34,7 @@ from ig_jax.storage.files import file_digest
 class Published:
     """Published weights: where they are, what they are, and how the paper samples from them.
 
-    The sampler is `sampling.sample.RECIPES[spec.family]`. All figures are the paper's, ImageNet
+    A row of `recipes.RECIPES` whose weights can be had. All figures are the paper's, ImageNet
     256×256, FID-50K with random labels; guidance is of all latent channels, as IG's release
     samples. The CFG scales that DiT, SiT and LightningDiT publish themselves are of samplers that
     guide the first three channels only (`Term(channels=3)`), and do not carry over.
@@ -60,48 +61,34 @@ class Published:
     cfg_fid: float | None = None
 
 
+def _published(name: str, recipe: recipes.Recipe) -> Published:
+    """The weights of a recipe, with what is reported for them without and with CFG."""
+    config = config_lib.published_config(name)
+    own = [result for result in recipe.results if result.epochs == recipe.epochs]
+
+    def first(cfg: bool) -> tuple[Guidance | None, float | None]:
+        found = [result for result in own if ("guidance.cfg_scale" in result.changes) == cfg]
+        if not found:
+            return None, None
+        setting = config_lib.published_config(name, found[0].changes)
+        return config_lib.guidance(setting).build(), found[0].fid
+
+    (guidance, fid), (cfg_guidance, cfg_fid) = first(cfg=False), first(cfg=True)
+    return Published(
+        repository=recipe.repository,
+        file=recipe.file,
+        spec=config_lib.model_spec(config),
+        autoencoder=config.data.autoencoder,
+        epochs=recipe.epochs,
+        guidance=guidance,
+        fid=fid,
+        cfg_guidance=cfg_guidance,
+        cfg_fid=cfg_fid,
+    )
+
+
 PUBLISHED: dict[str, Published] = {
-    "sit-xl-2-ig": Published(
-        repository="CVLUESTC/Internal-Guidance",
-        file="SiT/",
-        spec=DiTSpec.of("sit", "xl"),
-        autoencoder="sd-vae-ft-ema",
-        epochs=800,
-        guidance=Guidance(1.4),
-        fid=1.75,
-        cfg_guidance=Guidance(1.4, cfg_scale=1.35, cfg_interval=(0.0, 0.7)),
-        cfg_fid=1.46,
-    ),
-    "lightningdit-xl-1-ig": Published(
-        repository="CVLUESTC/Internal-Guidance",
-        file="Lightningdit/",
-        spec=DiTSpec.of("lightningdit", "xl"),
-        autoencoder="va-vae-f16d32",
-        epochs=680,
-        guidance=Guidance(1.7),
-        fid=1.34,
-        cfg_guidance=Guidance(1.4, cfg_scale=1.45, cfg_interval=(0.19, 1.0)),
-        cfg_fid=1.19,
-    ),
-    # The paper's baselines, by their own authors: no auxiliary head.
-    "sit-xl-2": Published(
-        repository="nyu-visionx/SiT-collections",
-        file="SiT-XL-2-256.pt",
-        spec=DiTSpec.of("sit", "xl", auxiliary_depths=()),
-        autoencoder="sd-vae-ft-ema",
-        epochs=1400,
-        guidance=Guidance(),
-        fid=8.61,
-    ),
-    "lightningdit-xl-1": Published(
-        repository="hustvl/lightningdit-xl-imagenet256-800ep",
-        file="lightningdit-xl-imagenet256-800ep.pt",
-        spec=DiTSpec.of("lightningdit", "xl", auxiliary_depths=()),
-        autoencoder="va-vae-f16d32",
-        epochs=800,
-        guidance=Guidance(),
-        fid=2.17,
-    ),
+    name: _published(name, recipe) for name, recipe in recipes.RECIPES.items() if recipe.repository
 }
 
 # Autoencoders whose latents are normalised by statistics in a file of their repository.

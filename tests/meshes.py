@@ -28,7 +28,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}
 def wide_config(**train: Any) -> ConfigDict:
     """A network wide enough that some matrices are gathered layer by layer and others at once."""
     config = tiny_config(**train)
-    config.model.update(width=64, depth=4, auxiliary_depth=(1, 3))
+    config.model.update(width=64, depth=6, auxiliary_depth=(2, 4))
     config.guidance.ig_scale = 1.5
     return config
 

@@ -13,10 +13,9 @@ from flax import nnx
 from jax.experimental import checkify
 
 import ig_jax
-from ig_jax import config as config_lib
 from ig_jax.diffusion import interpolant, samplers
 from ig_jax.errors import InputError
-from ig_jax.models import functional, sizes
+from ig_jax.models import functional
 from ig_jax.models.autoencoder import AutoencoderSpec
 from ig_jax.models.pixels import to_uint8
 from ig_jax.parallel import sharding
@@ -77,12 +76,6 @@ def test_every_name_is_there_for_programs_and_for_type_checkers():
     }
     table = {(module, name) for module, names in ig_jax._MODULES.items() for name in names}
     assert imports == table and {name for _, name in table} == set(ig_jax.__all__)
-
-
-@pytest.mark.parametrize("family", list(sizes.FAMILIES))
-def test_recipes_are_those_of_the_configs(family):
-    fields = config_lib.default_config(family).sampler
-    assert sample.RECIPES[family] == (fields.name, fields.num_steps, fields.time_shift)
 
 
 def test_samples_are_those_of_the_sampling_mode(model):

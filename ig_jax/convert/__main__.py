@@ -18,8 +18,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from ig_jax.convert import pytorch, workdir  # noqa: E402
 from ig_jax.data.sets import DATA_SETS  # noqa: E402
 from ig_jax.errors import InputError  # noqa: E402
-from ig_jax.models import functional, sizes  # noqa: E402
-from ig_jax.models.dit import DiT  # noqa: E402
+from ig_jax.models import functional  # noqa: E402
+from ig_jax.models.dit import PUBLISHED_FAMILIES, DiT  # noqa: E402
 from ig_jax.paths import check_writable, resolve  # noqa: E402
 from ig_jax.storage import weight_files  # noqa: E402
 from ig_jax.storage.checkpoints import parse_step  # noqa: E402
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--to_pytorch", metavar="FILE", help="write the workdir's weights to this .safetensors")
     into = parser.add_argument_group("into a workdir")
     add = into.add_argument
-    add("--family", help=f"{', '.join(sizes.FAMILIES)}; SiT and DiT have the same weight names")
+    families = ", ".join(PUBLISHED_FAMILIES)
+    add("--family", help=f"{families}; SiT and DiT have the same weight names")
     add("--heads", type=int, help="number of attention heads; needed for unpublished widths")
     add(
         "--auxiliary_depth",

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from ig_jax import recipes
 from ig_jax.errors import InputError, suggest
-from ig_jax.models import functional, layers, sizes
-from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.models import functional, layers
+from ig_jax.models.dit import DiT, DiTSpec, published_family
 from ig_jax.models.families import abstract
 from ig_jax.models.trunk import add_heads
 from ig_jax.storage import weight_files
@@ -126,9 +127,9 @@ def from_pytorch(
             are read without running code), or its content: arrays or tensors by the release's
             names, as a training checkpoint has them or bare.
         family: "sit", "dit" or "lightningdit".
-        heads: number of attention heads; needed for widths outside `sizes.SIZES`.
+        heads: number of attention heads; needed for widths outside `recipes.SIZES`.
         auxiliary_depth: number of blocks before the auxiliary head, or before each of several;
-            needed where there are several, or (depth, width) are outside `sizes.SIZES`.
+            needed where there are several, or (depth, width) are outside `recipes.SIZES`.
         dtype: dtype of matrix products. Parameters are float32: narrower ones are widened exactly.
         scan_blocks, remat: see `DiT`.
 
@@ -275,6 +276,11 @@ def _find_spec(
     learned_sigma = head[0] == 2 * patch**2 * channels
     auxiliary_depths = _find_auxiliary_depths(weights, where, depth, width, auxiliary_depth)
     family = _find_family(weights, where, family, learned_sigma, bool(auxiliary_depths))
+    # Rotary embeddings do not show, so the family says; norms and MLPs do.
+    seen = dict(
+        norm="rms" if "blocks.0.norm1.weight" in weights else "layer",
+        mlp="swiglu" if "blocks.0.mlp.w12.weight" in weights else "gelu",
+    )
     return DiTSpec(
         input_size=side * patch,
         channels=channels,
@@ -284,14 +290,11 @@ def _find_spec(
         heads=_find_heads(weights, where, width, heads),
         num_classes=labels[0] - 1,
         auxiliary_depths=auxiliary_depths,
-        norm="rms" if "blocks.0.norm1.weight" in weights else "layer",
-        mlp="swiglu" if "blocks.0.mlp.w12.weight" in weights else "gelu",
-        rope=sizes.family(family).rope,
         qk_norm="blocks.0.attn.q_norm.weight" in weights,
         shift=modulation[0] != 4 * width,
         learned_sigma=learned_sigma,
-        zero_auxiliary=sizes.family(family).zero_auxiliary,
         family=family,
+        **(published_family(family).network | seen),
     )
 
 
@@ -336,7 +339,7 @@ def _find_family(
     signs = ("blocks.0.mlp.w12.weight", "blocks.0.norm1.weight", *ROPE_BUFFERS)
     sign = next((name for name in signs if name in weights), None)
     if family is not None:
-        sizes.family(family)
+        published_family(family)
         if (family == "lightningdit") != (sign is not None):
             found = f"only LightningDiT has {sign}" if sign else f"it has no weight {signs[0]}"
             raise InputError(f"{where}: not a {family} checkpoint: {found}")
@@ -376,7 +379,7 @@ def _find_heads(
                 f"make {seen}"
             )
         return seen
-    published = {size[1]: size[2] for size in sizes.SIZES.values()}
+    published = {size.width: size.heads for size in recipes.SIZES.values()}
     if heads is None and width not in published:
         raise InputError(
             f"{where}: the number of attention heads cannot be told for width {width} "
@@ -404,7 +407,7 @@ def _find_auxiliary_depths(
         )
     if given is not None or not found:
         return tuple(given or ())
-    published = {size[:2]: size[3] for size in sizes.SIZES.values()}
+    published = {(s.depth, s.width): s.auxiliary_depth for s in recipes.SIZES.values()}
     if len(found) > 1 or (depth, width) not in published:
         which = "auxiliary head's depth" if len(found) == 1 else f"{len(found)} heads' depths"
         raise InputError(

@@ -12,8 +12,9 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
+from ig_jax import recipes
 from ig_jax.errors import InputError
-from ig_jax.models import families, functional, network, sizes
+from ig_jax.models import families, functional, network
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.paths import check_workdir, resolve
@@ -43,7 +44,7 @@ def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
     Raises:
         InputError: if no config describes the architecture, or for an unknown data set.
     """
-    published = {size[:3]: name for name, size in sizes.SIZES.items()}
+    published = {(s.depth, s.width, s.heads): name for name, s in recipes.SIZES.items()}
     size = published.get((spec.depth, spec.width, spec.heads))
     config = config_lib.default_config(spec.family, size or "xl")
     config.data.name = data

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from ig_jax.errors import InputError
-from ig_jax.models import layers, sizes
+from ig_jax import recipes
+from ig_jax.errors import InputError, look_up
+from ig_jax.models import layers
 from ig_jax.models.network import Heads, declare
 from ig_jax.models.trunk import Gather, Trunk, TrunkSpec, whole
+
+PUBLISHED_FAMILIES = ("sit", "dit", "lightningdit")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,9 @@ class DiTSpec(TrunkSpec):
         num_classes: number of labels; label `num_classes` is the null label ∅.
         auxiliary_depths: number of blocks before each auxiliary head, increasing, 1…depth−1; empty
             for no such head.
-        norm, mlp, rope: see `sizes.Family`.
+        norm: "layer" (no affine) or "rms" (with weight).
+        mlp: "gelu" (tanh approximation) or "swiglu".
+        rope: whether queries and keys are rotated by the 2-D token position.
         qk_norm: RMS norm on queries and keys.
         shift: whether adaLN has shifts (6 chunks) or not (4).
         learned_sigma: whether the final head also predicts a variance (DiT, old SiT).
@@ -103,30 +108,27 @@ class DiTSpec(TrunkSpec):
 
         Args:
             family: "sit", "dit" or "lightningdit".
-            size: a name of `sizes.SIZES`.
+            size: a name of `recipes.SIZES`.
             **changes: fields to set instead of the published ImageNet 256×256 values.
 
         Returns:
             The spec. Raises `InputError` for unknown names or impossible combinations.
         """
-        options = sizes.family(family)
-        depth, width, heads, auxiliary_depth = sizes.size(size)
+        row, named = published_family(family), recipes.size(size)
         fields = dict(
-            input_size=options.input_size,
-            channels=options.channels,
-            patch_size=options.patch_size,
-            width=width,
-            depth=depth,
-            heads=heads,
+            width=named.width,
+            depth=named.depth,
+            heads=named.heads,
             num_classes=1000,
-            auxiliary_depths=(auxiliary_depth,),
-            norm=options.norm,
-            mlp=options.mlp,
-            rope=options.rope,
-            zero_auxiliary=options.zero_auxiliary,
+            auxiliary_depths=(named.auxiliary_depth,),
             family=family,
         )
-        return cls(**(fields | changes))
+        return cls(**(fields | row.config["model"] | row.network | changes))
+
+
+def published_family(name: str) -> recipes.Family:
+    """The recipe of a family of transformers; raises `InputError` naming the known ones."""
+    return look_up({k: recipes.FAMILIES[k] for k in PUBLISHED_FAMILIES}, name, "model")
 
 
 class DiT(Trunk):

@@ -9,9 +9,9 @@ from typing import Any
 
 from flax import nnx
 
+from ig_jax import recipes
 from ig_jax.errors import look_up
-from ig_jax.models import sizes
-from ig_jax.models.dit import DiT, DiTSpec
+from ig_jax.models.dit import PUBLISHED_FAMILIES, DiT, DiTSpec
 from ig_jax.models.mlp import MLP, MLPSpec
 from ig_jax.models.network import Spec
 
@@ -34,16 +34,8 @@ class Family:
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _transformer(name: str) -> Family:
-    options = sizes.FAMILIES[name]
-    fixed = ("norm", "mlp", "rope", "zero_auxiliary")
-    return Family(DiTSpec, DiT, {field: getattr(options, field) for field in fixed})
-
-
 NETWORKS: dict[str, Family] = {
-    "sit": _transformer("sit"),
-    "dit": _transformer("dit"),
-    "lightningdit": _transformer("lightningdit"),
+    **{name: Family(DiTSpec, DiT, recipes.FAMILIES[name].network) for name in PUBLISHED_FAMILIES},
     "mlp": Family(MLPSpec, MLP),
 }
 
@@ -66,7 +58,7 @@ def make_spec(name: str, options: Mapping[str, Any]) -> Spec:
     row = family(name)
     fields = {field.name for field in dataclasses.fields(row.spec)}
     chosen = {key: value for key, value in options.items() if key in fields}
-    return row.spec(**(chosen | row.fixed | {"family": name}))
+    return row.spec(**(chosen | dict(row.fixed) | {"family": name}))
 
 
 def make(spec: Spec, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:

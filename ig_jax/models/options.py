@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from ig_jax import recipes
 from ig_jax.checks import Limits
 from ig_jax.fields import field
-from ig_jax.models import families, sizes, trunk
+from ig_jax.models import families, trunk
 
 DTYPES = ("auto", "float32", "bfloat16")
 _SIDE = Limits(1, 2**12, whole=True)
@@ -19,7 +20,7 @@ class ModelOptions:
     family: str = field(
         "sit", "published family, which fixes what the others leave open", choices=families.NETWORKS
     )
-    size: str = field("xl", "published size", choices=sizes.SIZES)
+    size: str = field("xl", "published size", choices=recipes.SIZES)
     width: int = field(
         0, "width of the tokens; 0 for the size's own", limits=Limits(0, 2**16, whole=True)
     )

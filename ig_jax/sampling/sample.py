@@ -17,24 +17,18 @@ import numpy as np
 from flax import nnx
 from jax.experimental import checkify
 
-from ig_jax import checks
+from ig_jax import checks, recipes
 from ig_jax.diffusion import interpolant, samplers
 from ig_jax.diffusion.guidance import Guidance
 from ig_jax.diffusion.samplers import Sampler
 from ig_jax.errors import InputError
-from ig_jax.models import functional, sizes
+from ig_jax.models import functional
 from ig_jax.models.autoencoder import Autoencoder, check_latents
 from ig_jax.models.dit import DiT
 from ig_jax.models.functional import Params
 from ig_jax.models.pixels import Pixels, to_uint8
 from ig_jax.sampling.engine import Settings, draw
 
-# family → sampler, its number of steps and its time shift: as the authors sample.
-RECIPES: dict[str, tuple[str, int, float]] = {
-    "sit": ("euler_maruyama", 250, 1.0),
-    "dit": ("ddpm", 250, 1.0),
-    "lightningdit": ("heun2", 125, 0.3),
-}
 _OTHER_STEPS = 50
 
 # Latents decoded at once: 256×256 activations of more would not fit beside a large model.
@@ -169,13 +163,13 @@ def sample(
     guidance = Guidance() if guidance is None else guidance
     spec = model.spec
     guidance.check(len(spec.auxiliary_depths), spec.num_classes)
-    family = sizes.family(spec.family)
+    trained = recipes.family(spec.family).config["loss"]
     graphdef, params = functional.split(model)
     sampler, num_steps, time_shift = _recipe(spec.family, sampler, num_steps, time_shift)
     settings = Settings(
         graphdef=graphdef,
-        path=interpolant.get(path or family.path),
-        prediction=_check_prediction(prediction or family.prediction),
+        path=interpolant.get(path or trained["path"]),
+        prediction=_check_prediction(prediction or trained["prediction"]),
         null_label=spec.null_label,
         heads=len(spec.auxiliary_depths),
         shape=spec.shape,
@@ -210,11 +204,11 @@ def _recipe(
     family: str, name: str | None, num_steps: int | None, time_shift: float | None
 ) -> tuple[Sampler, int, float]:
     """What was asked for, completed by the family's recipe."""
-    own_name, own_steps, own_shift = RECIPES[family]
-    sampler = samplers.make(name or own_name)
+    own = recipes.family(family).config["sampler"]
+    sampler = samplers.make(name or own["name"])
     if num_steps is None:
-        num_steps = own_steps if sampler == samplers.make(own_name) else _OTHER_STEPS
-    return sampler, num_steps, own_shift if time_shift is None else time_shift
+        num_steps = own["num_steps"] if sampler == samplers.make(own["name"]) else _OTHER_STEPS
+    return sampler, num_steps, own["time_shift"] if time_shift is None else time_shift
 
 
 def _check_prediction(prediction: str) -> str:
