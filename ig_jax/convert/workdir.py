@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax import recipes
+from ig_jax.data.sets import DATA_SETS
 from ig_jax.errors import InputError
 from ig_jax.models import families, functional, network
 from ig_jax.models.autoencoder import AUTOENCODERS
@@ -59,6 +60,7 @@ def config_for(spec: DiTSpec, data: str = "latents") -> ConfigDict:
     else:
         config.data.update(autoencoder="", image_size=spec.input_size)
     config_lib.validate(config)
+    config_lib.check_choice(config, "data.name", DATA_SETS)
     described = config_lib.model_spec(config)
     for field in dataclasses.fields(spec):
         found, expected = getattr(spec, field.name), getattr(described, field.name)
