@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ig_jax.data import digits, images, latents
+from ig_jax.data import digits, images, latents, toy2d
 from ig_jax.data.source import DataSource
 
 
 def _digits(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
     return digits.open_digits(data.num_validation, data.flip)
+
+
+def _toy2d(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
+    return toy2d.open_toy2d(data.num_validation, data.flip)
 
 
 def _latents(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
@@ -38,6 +42,7 @@ def _tfds(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
 # expects, (H, W, C) or (D,) and the number of its classes (0: unconditional).
 DATA_SETS: dict[str, Callable[[Any, tuple[int, ...], int], DataSource]] = {
     "digits": _digits,
+    "toy2d": _toy2d,
     "latents": _latents,
     "folder": _folder,
     "tfds": _tfds,

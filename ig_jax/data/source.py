@@ -15,9 +15,9 @@ Example = dict[str, Any]
 class RandomAccess(Protocol):
     """Examples by index (Grain's random-access protocol).
 
-    An example holds "label" (int32) and either "x" (H, W, C), float32 or uint8 pixels, or "mean"
-    and "std" (H, W, C) float32 of an autoencoder's posterior. Mirrored twins, where stored, carry
-    the suffix "_flip".
+    An example holds "label" (int32) and either "x", (H, W, C) float32 or uint8 pixels or (D,)
+    float32, or "mean" and "std", (H, W, C) float32 of an autoencoder's posterior. Mirrored twins,
+    where stored, carry the suffix "_flip".
     """
 
     def __len__(self) -> int: ...
@@ -27,7 +27,7 @@ class RandomAccess(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Examples held in memory: x (N, H, W, C) and labels (N,) int32."""
+    """Examples held in memory: x (N, …) and labels (N,) int32."""
 
     x: np.ndarray
     labels: np.ndarray
@@ -60,7 +60,7 @@ class DataSource:
     Attributes:
         train: training examples; None where only the facts below are known (sampling).
         validation: held-out examples, or None.
-        shape: (H, W, C) of one model input.
+        shape: (H, W, C) of one model input, or (D,).
         num_classes: number of labels.
         class_names: a name a class, in label order.
         shift, scale: (C,) or (1,) float32; the model sees `(latent − shift)/scale`. For SD-VAE
@@ -70,7 +70,7 @@ class DataSource:
 
     train: RandomAccess | None
     validation: RandomAccess | None
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...]
     shift: np.ndarray
