@@ -65,12 +65,12 @@ class Experiment:
         mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp, devices)
         return cls(config, spec, graphdef, shapes, mesh)
 
-    def of_workdir(self, workdir: str) -> Experiment:
+    def of_workdir(self, workdir: str, which: int | str = "last") -> Experiment:
         """The experiment that made a workdir's checkpoint, on this one's devices.
 
         Its mesh and batch sizes give way to this one's: they say where it was trained, not what.
         """
-        saved = saved_config(workdir)
+        saved = saved_config(workdir, which)
         saved.mesh.update(self.config.mesh)
         saved.sampler.batch_size = self.config.sampler.batch_size
         for name in ("batch_size", "accumulate"):

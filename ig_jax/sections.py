@@ -156,6 +156,7 @@ class GuidanceSection(GuidanceOptions):
     weak: str = _free(
         "", "a workdir whose network replaces the auxiliary head (Autoguidance)", path=True
     )
+    weak_step: str = _free("last", "its checkpoint: last, best or a step; an older EMA is weaker")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -151,8 +151,8 @@ def test_every_process_has_all_samples_in_order(monkeypatch):
         np.testing.assert_array_equal(gather(own, 10), samples)
 
 
-def test_autoguidance_uses_another_workdirs_network(tmp_path, setup):
-    config = tiny_config(num_steps=2, validate_every=0)
+def test_autoguidance_uses_another_workdirs_network_or_an_older_ema(tmp_path, setup):
+    config = tiny_config(num_steps=2, validate_every=0, checkpoint_every=1)
     loop.train(config, str(tmp_path))
     config.guidance.update(weak=str(tmp_path), ig_scale=2.0)
     engine = make_engine(Experiment.from_config(config))
@@ -163,6 +163,17 @@ def test_autoguidance_uses_another_workdirs_network(tmp_path, setup):
     assert not np.allclose(guided, own)
     plain = draw(engine, params, guidance=Guidance(1.0))
     np.testing.assert_allclose(plain, draw(*setup, guidance=Guidance(1.0)), atol=1e-5)
+    config.guidance.weak_step = "1"
+    older = make_engine(Experiment.from_config(config))
+    pairs = zip(*(jax.tree.leaves(e.weaker.params) for e in (engine, older)), strict=True)
+    assert any(not np.array_equal(last, first) for last, first in pairs)
+    config.guidance.weak_step = "7"
+    with pytest.raises(InputError, match="no checkpoint of step 7 .*there are 1, 2"):
+        make_engine(Experiment.from_config(config))
+    config.guidance.weak_step = "older"
+    with pytest.raises(InputError, match="config.guidance.weak_step is 'older': expected last"):
+        make_engine(Experiment.from_config(config))
+    config.guidance.weak_step = "last"
     config.loss.path = "cosine"
     with pytest.raises(InputError, match="loss.path is linear: expected cosine"):
         make_engine(Experiment.from_config(config))

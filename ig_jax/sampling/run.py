@@ -20,7 +20,7 @@ from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine, Settings
 from ig_jax.sampling.folder import PictureFolder, folder_name, write_npz
 from ig_jax.sampling.labels import labels_for
-from ig_jax.storage.checkpoints import Checkpoints
+from ig_jax.storage.checkpoints import Checkpoints, parse_step
 
 
 def make_engine(experiment: Experiment) -> Engine:
@@ -45,7 +45,8 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
     workdir = experiment.config.guidance.weak
     if not workdir:
         return None
-    weak = experiment.of_workdir(workdir)
+    step = parse_step(experiment.config.guidance.weak_step, "config.guidance.weak_step")
+    weak = experiment.of_workdir(workdir, step)
     saved = weak.config
     for field, found, expected in (
         ("the data shape", weak.sample_shape, experiment.sample_shape),
@@ -59,7 +60,7 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
                 f"expected {expected}"
             )
     checkpoints = Checkpoints(workdir, read_only=True)
-    params = checkpoints.weights(weak.abstract_params())
+    params = checkpoints.weights(weak.abstract_params(), step)
     checkpoints.close()
     return Weaker(params, weak.graphdef)
 

@@ -237,12 +237,12 @@ def find_workdir(path: epath.PathLike) -> epath.Path:
     return path.parent if path.name == FOLDER and _steps(path) else path
 
 
-def parse_step(text: str) -> int | str:
-    """The value of a `--step` flag: "last", "best" or a number; raises `InputError`."""
+def parse_step(text: str, what: str = "--step") -> int | str:
+    """What a flag or field says of a step: "last", "best" or a number; raises `InputError`."""
     if text in ("last", "best"):
         return text
     if not re.fullmatch("[0-9]+", text):
-        raise InputError(f"--step is {text!r}: expected last, best, or the number of a step")
+        raise InputError(f"{what} is {text!r}: expected last, best, or the number of a step")
     return int(text)
 
 
