@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
+from ig_jax import record
 from ig_jax.data import images, latents, prepare
 from ig_jax.data.sets import DATA_SETS
 from ig_jax.data.source import DataSource
@@ -192,8 +193,23 @@ def load_autoencoder(config: ConfigDict) -> Autoencoder:
     return autoencoder_from_pytorch(data.autoencoder_path, dtype=dtype, preset=preset)
 
 
-class ToImages(Protocol):
-    """Turns samples in model space into pictures."""
+@dataclasses.dataclass(frozen=True)
+class ToImages:
+    """Turns samples in model space into pictures.
+
+    Attributes:
+        shift, scale: () or (C,), what is decoded is `x·scale + shift`.
+        autoencoder, autoencoder_hash: name and weights of the decoder; None for a model of pixels.
+        decoder_precision: in which it computes, or None.
+        to_pixels: the decoder, or the rounding alone.
+    """
+
+    shift: np.ndarray
+    scale: np.ndarray
+    autoencoder: str | None = None
+    autoencoder_hash: str | None = None
+    decoder_precision: str | None = None
+    to_pixels: Callable[[np.ndarray], Pixels] = to_uint8
 
     def __call__(
         self, x: np.ndarray, indices: np.ndarray | None = None, where: str = ""
@@ -203,21 +219,27 @@ class ToImages(Protocol):
         Raises `NotFiniteError` for samples that are not finite, which the line names by their
         `indices` (N,) and `where` they come from, as `models.pixels.Pixels.checked` does.
         """
-        ...
+        return self.to_pixels(np.asarray(x) * self.scale + self.shift).checked(indices, where)
+
+    def record(self) -> dict[str, Any]:
+        """All that pictures depend on, in plain values."""
+        fields = (f.name for f in dataclasses.fields(self) if f.name != "to_pixels")
+        return {name: record.plain(getattr(self, name)) for name in fields}
 
 
 def make_to_images(experiment: Experiment, source: DataSource) -> ToImages:
     """Returns the function from model space to pictures: to pixels, or through the decoder."""
     if source.autoencoder is None:
-        to_pixels: Callable[[np.ndarray], Pixels] = to_uint8
-    else:
-        to_pixels = experiment.decode
-
-    def to_images(x: np.ndarray, indices: np.ndarray | None = None, where: str = "") -> np.ndarray:
-        found = to_pixels(np.asarray(x) * source.scale + source.shift)
-        return found.checked(indices, where)
-
-    return to_images
+        return ToImages(source.shift, source.scale)
+    data, decode = experiment.config.data, experiment.decode
+    return ToImages(
+        source.shift,
+        source.scale,
+        data.autoencoder,
+        record.file_hash(data.autoencoder_path),
+        config_lib.compute_dtype(experiment.config.model.dtype).name,
+        decode,
+    )
 
 
 def run_prepare(config: ConfigDict, workdir: str | None) -> str:

@@ -32,6 +32,8 @@ TABLES: dict[str, tuple[str, str]] = {
     "error": ("ig_jax.diffusion.loss", "ERRORS"),
     "data set": ("ig_jax.data.sets", "DATA_SETS"),
     "sampler": ("ig_jax.diffusion.samplers", "SAMPLERS"),
+    "metric": ("ig_jax.evaluation.metrics", "METRICS"),
+    "feature extractor": ("ig_jax.evaluation.extractors", "EXTRACTORS"),
     "network": ("ig_jax.models.families", "NETWORKS"),
 }
 

@@ -43,9 +43,9 @@ def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
 
 
 def _evaluate(config: ConfigDict, workdir: str, which: int | str) -> str:
-    from ig_jax.evaluation import evaluate
+    from ig_jax.evaluation import run as evaluation
 
-    return evaluate.run(config, workdir, which)
+    return evaluation.run(config, workdir, which)
 
 
 def _prepare(config: ConfigDict, workdir: str) -> str:
@@ -166,9 +166,9 @@ def _run(argv: list[str]) -> None:
     if _COMPARE.value is not None:
         if len(argv) != 2:
             raise InputError("--compare expects two result files: --compare a.json b.json")
-        from ig_jax.evaluation import protocol
+        from ig_jax.evaluation import compare
 
-        print(protocol.compare(_COMPARE.value, argv[1]))
+        print(compare.compare(_COMPARE.value, argv[1]))
         return
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: options look like --mode=sample")
@@ -194,7 +194,11 @@ def run_mode(mode: str, config: ConfigDict) -> None:
         from ig_jax.evaluation import sweep
 
         sweep.apply_best(config, workdir)
+    from ig_jax.evaluation import extractors, metrics
+
     config_lib.validate(config)
+    extractors.check_name(config)
+    metrics.check_name(config)
     config = config_lib.resolve_paths(config)
     processes.initialize(config_lib.to_json(config))
     try:

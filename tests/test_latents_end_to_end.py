@@ -11,10 +11,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from ig_jax import config as config_lib
-from ig_jax import experiment, sampling
+from ig_jax import experiment
 from ig_jax.data import digits
 from ig_jax.errors import InputError
-from ig_jax.evaluation import evaluate
+from ig_jax.evaluation import run as evaluation
+from ig_jax.evaluation import scoring
+from ig_jax.sampling import run as sampling
 from ig_jax.storage import weight_files
 from ig_jax.training import loop
 from tests.common import golden, seeded_weights, tiny_config
@@ -111,12 +113,11 @@ def test_a_run_loads_its_decoder_once(pictures, autoencoder, latents, tmp_path, 
     """Though its sample grids, its evaluations and the one at the end all need it."""
     loaded, load = [], experiment.load_autoencoder
     monkeypatch.setattr(experiment, "load_autoencoder", lambda c: loaded.append(c) or load(c))
-    reference = types.SimpleNamespace(metadata={"resolution": None})
-    scorer = types.SimpleNamespace(reference=reference)
-    monkeypatch.setattr(evaluate.Scorer, "create", lambda *_: scorer)
+    opened = types.SimpleNamespace(scorer=lambda: None)
+    monkeypatch.setattr(scoring, "open_for_samples", lambda *_: opened)
     trainer = loop.Trainer(make_config("sit", pictures, autoencoder, latents), str(tmp_path))
     for _ in range(2):
-        evaluate.Evaluator.create(trainer.experiment, trainer.source, tmp_path, object())
+        evaluation.Evaluator.create(trainer.experiment, trainer.source, {}, tmp_path, object())
     assert trainer.to_images is not None and len(loaded) == 1
 
 

@@ -11,7 +11,8 @@ from absl.testing import flagsaver
 from ig_jax import config as config_lib
 from ig_jax import main
 from ig_jax.errors import InputError
-from ig_jax.evaluation import evaluate, sweep
+from ig_jax.evaluation import run as evaluation
+from ig_jax.evaluation import sweep
 from ig_jax.sampling import run as sampling
 from ig_jax.training import loop
 from tests.common import tiny_config
@@ -132,7 +133,7 @@ def called(monkeypatch):
 
         monkeypatch.setattr(room, "run", stand_in)
 
-    for room in (loop, sampling, evaluate, sweep):
+    for room in (loop, sampling, evaluation, sweep):
         replace(room)
     with flagsaver.flagsaver():
         yield calls

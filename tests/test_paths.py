@@ -14,7 +14,8 @@ from ig_jax import paths
 from ig_jax.convert import inception, workdir
 from ig_jax.data import images, latents
 from ig_jax.errors import InputError
-from ig_jax.evaluation import protocol, sets, statistics
+from ig_jax.evaluation import images as image_sets
+from ig_jax.evaluation import report, statistics
 from ig_jax.storage import weight_files
 from ig_jax.storage.checkpoints import Checkpoints, Score, find_step, find_workdir, saved_config
 from ig_jax.training.state import TrainState
@@ -107,8 +108,8 @@ READERS = {
         lambda path: ig_jax.load_decoder("sd-vae-ft-ema", weights=path),
     ),
     "inception.pth": (inception.load_inception,),
-    "scores.json": (protocol.load,),
-    "set.npz": (sets.open_images, statistics.load_statistics),
+    "scores.json": (report.load,),
+    "set.npz": (image_sets.open_images, statistics.load_statistics),
     "latents/index.json": (lambda path: latents.open_latents(os.path.dirname(path)),),
     "run/checkpoints/1": (lambda path: saved_config(path.removesuffix("/checkpoints/1")),),
     "images/class.txt": (lambda path: images.ImageFolder(os.path.dirname(path)),),

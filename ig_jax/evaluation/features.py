@@ -1,238 +1,155 @@
-"""Feature extractors: what turns images into the vectors that the metrics compare.
-
-One small interface with two implementations, Inception for pictures and a classifier's hidden layer
-for scikit-learn's digits, so that evaluation is the same code for both.
-"""
+"""Features of sets of pictures: extracted as pictures arrive, merged over processes, and kept row
+by row where a metric asks for it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import os
-import warnings
-from typing import Protocol
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
-from ig_jax.convert import inception as convert
-from ig_jax.errors import InputError
-from ig_jax.models import functional, inception
-from ig_jax.models.pixels import to_uint8
-from ig_jax.storage.files import digest
+from ig_jax import console
+from ig_jax import record as record_lib
+from ig_jax.evaluation import images as images_lib
+from ig_jax.evaluation.extractors import CHUNK, FeatureExtractor
+from ig_jax.evaluation.statistics import (
+    GaussianStatistics,
+    RunningStatistics,
+    gaussian_statistics,
+)
+from ig_jax.parallel import hosts
+from ig_jax.storage import files
+
+# Rows that are the pictures themselves, beside those that an extractor gives.
+IMAGES = "images"
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
-    """Features of N images, float32 on the host.
+class FeatureSet:
+    """What metrics read of N pictures, the same on every process.
 
     Attributes:
-        pool: (N, width), for Fréchet distance, precision and recall.
-        spatial: (N, width of the spatial map), for sFID; None if the extractor has none.
-        probabilities: (N, classes), for the Inception Score; None if the extractor has none.
+        pool: moments of the pooled features.
+        spatial: moments of the spatial features, or None.
+        rows: by name of `extractors.Features` (or "images"), one row for each picture in order:
+            (n, D) float32, images (n, H, W, C) uint8. Those that were asked for; n is below N
+            where only some were.
+        shape: (N, H, W, C) of the pictures.
+        digest: hash of all pixels, the same for the same pictures from any source.
+        memo: results that two metrics share.
     """
 
-    pool: np.ndarray
-    spatial: np.ndarray | None = None
-    probabilities: np.ndarray | None = None
-
-
-class FeatureExtractor(Protocol):
-    """Maps images to features.
-
-    Attributes:
-        name: short name, for records and file names.
-        width: number of pooled features.
-        spatial_width: number of spatial features, or None.
-        fingerprint: hex digest of everything that the features depend on besides the images; equal
-            fingerprints may share stored statistics.
-    """
-
-    name: str
-    width: int
-    spatial_width: int | None
-    fingerprint: str
-
-    def __call__(self, images: np.ndarray) -> Features:
-        """Maps (N, H, W, C) uint8 images to their features.
-
-        Raises:
-            InputError: if dtype or shape are not what the extractor reads.
-        """
-        ...
-
-
-class InceptionExtractor:
-    """Pool-3, sFID map and softmax probabilities of the FID Inception.
-
-    Batches are padded to one size, so the network compiles once per image size, and spread over
-    all devices of a mesh that belong to this process: every process extracts its own images.
-    """
-
-    name = "inception-2015-12-05"
-    width = inception.POOL_WIDTH
-    spatial_width = inception.SPATIAL_WIDTH
-
-    def __init__(
-        self,
-        params: functional.Params,
-        fingerprint: str,
-        *,
-        batch_size: int = 64,
-        mesh: jax.sharding.Mesh | None = None,
-    ):
-        """Places the parameters on the devices.
-
-        Args:
-            params: as `convert.inception.load_inception` returns them.
-            fingerprint: SHA-256 of the weight file.
-            batch_size: images per forward pass, over all devices together; rounded up to a
-                multiple of their number.
-            mesh: devices to use, all of its axes as data axes; the default device if None.
-        """
-        devices = jax.local_devices()[:1] if mesh is None else list(mesh.local_devices)
-        local = jax.sharding.Mesh(np.asarray(devices), ("data",))
-        self.batch_size = -(-batch_size // len(devices)) * len(devices)
-        self.fingerprint = fingerprint
-        self._sharding = jax.sharding.NamedSharding(local, jax.sharding.PartitionSpec("data"))
-        replicated = jax.sharding.NamedSharding(local, jax.sharding.PartitionSpec())
-        self._params = jax.device_put(params, replicated)
+    pool: GaussianStatistics
+    spatial: GaussianStatistics | None
+    rows: Mapping[str, np.ndarray]
+    shape: tuple[int, ...]
+    digest: str = ""
+    memo: dict[Any, Any] = dataclasses.field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
-    def from_file(
-        cls,
-        path: os.PathLike | str,
-        *,
-        batch_size: int = 64,
-        mesh: jax.sharding.Mesh | None = None,
-    ) -> InceptionExtractor:
-        """Reads `pt_inception-2015-12-05-6726825d.pth`; see `convert.inception.load_inception`."""
-        params, digest = convert.load_inception(path)
-        return cls(params, digest, batch_size=batch_size, mesh=mesh)
-
-    def __call__(self, images: np.ndarray) -> Features:
-        """Maps (N, H, W, 3) uint8 images of any size to their features."""
-        _check_images(images, (None, None, 3), self.name)
-        parts = []
-        for start in range(0, len(images), self.batch_size):
-            batch = images[start : start + self.batch_size]
-            padding = [(0, self.batch_size - len(batch))] + [(0, 0)] * 3
-            padded = jax.device_put(np.pad(batch, padding), self._sharding)
-            output = jax.device_get(_inception_features(self._params, padded))
-            parts.append([array[: len(batch)] for array in output])
-        return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+    def of_rows(cls, rows: Mapping[str, np.ndarray], shape: tuple[int, ...] = ()) -> FeatureSet:
+        """The set whose rows are these, "pool" among them; `shape` (H, W, C) is its pictures'."""
+        spatial = gaussian_statistics(rows["spatial"]) if "spatial" in rows else None
+        pool = gaussian_statistics(rows["pool"])
+        return cls(pool, spatial, rows, (len(rows["pool"]), *shape))
 
 
-class DigitsExtractor:
-    """The hidden layer of a classifier trained on scikit-learn's digits and nothing else.
+class FeatureAccumulator:
+    """Extracts features of pictures as they arrive and folds them into a `FeatureSet`.
 
-    Images are (N, 8, 8, 1) uint8. The data set's values 0…16 are x = value/8 − 1 in model space and
-    `to_uint8(x)` as images; sixteen image levels fall between two neighbouring data values, so the
-    rounding is far below what the features resolve.
+    Every process adds its own pictures; moments are merged, and of the rest only what is asked for
+    row by row is gathered.
 
-    Attributes:
-        accuracy: share of held-out real digits (a quarter, stratified, never trained on) that the
-            classifier reads right.
+    Args:
+        extractor: what turns pictures into features.
+        rows: names of rows to keep; those that the extractor does not give are left out.
+        kept: ascending positions of which rows are kept; all of them if None.
     """
 
-    name = "digits-mlp"
-    spatial_width = None
+    def __init__(
+        self, extractor: FeatureExtractor, rows: Collection[str], kept: np.ndarray | None = None
+    ):
+        self._extractor = extractor
+        self._kept = kept
+        self._pool = RunningStatistics(extractor.width)
+        spatial = extractor.spatial_width
+        self._spatial = None if spatial is None else RunningStatistics(spatial)
+        self._waiting: list[tuple[np.ndarray, np.ndarray]] = []
+        self._shape = (0, 0, 0)
+        # Starting empty: a process may get no pictures at all.
+        self._positions = [np.zeros(0, np.int64)]
+        self._digests = [np.zeros((0, record_lib.HASH_BYTES), np.uint8)]
+        given = (*extractor.gives, IMAGES)
+        self._rows: dict[str, list[np.ndarray]] = {n: [] for n in given if n in rows}
 
-    def __init__(self, seed: int = 0, width: int = 64):
-        """Trains the classifier (under a second); the same seed gives the same weights.
+    def add(self, positions: np.ndarray, images: np.ndarray) -> None:
+        """Adds (n, H, W, C) uint8 pictures that are number `positions` (n,) of the set."""
+        self._waiting.append((positions, images))
+        count = sum(len(p) for p, _ in self._waiting)
+        if count >= CHUNK:
+            positions, images = map(np.concatenate, zip(*self._waiting, strict=True))
+            full = count - count % CHUNK
+            for start in range(0, full, CHUNK):
+                self._extract(positions[start : start + CHUNK], images[start : start + CHUNK])
+            self._waiting = [(positions[full:], images[full:])]
 
-        Args:
-            seed: of the split, the initial weights and the batches.
-            width: hidden units, which are the features.
-        """
-        self.width = width
-        (train, train_labels), (held_out, held_out_labels) = _digits_split(seed)
-        self._weights, self._biases = _train_classifier(train, train_labels, seed, width)
-        self.accuracy = float(np.mean(self.classify(held_out) == held_out_labels))
-        self.fingerprint = digest(*self._weights, *self._biases)
-
-    def __call__(self, images: np.ndarray) -> Features:
-        """Maps (N, 8, 8, 1) uint8 digits to hidden activations and class probabilities."""
-        _check_images(images, (8, 8, 1), self.name)
-        flat = images.reshape(len(images), -1) / 255
-        hidden = np.maximum(flat @ self._weights[0] + self._biases[0], 0)
-        logits = hidden @ self._weights[1] + self._biases[1]
-        exponentials = np.exp(logits - logits.max(1, keepdims=True))
-        probabilities = exponentials / exponentials.sum(1, keepdims=True)
-        return Features(hidden.astype(np.float32), probabilities=probabilities.astype(np.float32))
-
-    def classify(self, images: np.ndarray) -> np.ndarray:
-        """Reads (N, 8, 8, 1) uint8 digits as labels 0…9, (N,) int32."""
-        return self(images).probabilities.argmax(1).astype(np.int32)
-
-
-def digits_images() -> tuple[np.ndarray, np.ndarray]:
-    """Returns all 1,797 real digits as (N, 8, 8, 1) uint8 images, and their (N,) int32 labels."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = to_uint8(digits.images[..., None].astype(np.float32) / 8 - 1).checked()
-    return images, digits.target.astype(np.int32)
-
-
-@jax.jit
-def _inception_features(
-    params: functional.Params, images: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    model = functional.merge(_graph_definition(), params)
-    output = model(images)
-    # Row-major (height, width, channel), the order of ADM's reference `mu_s` and `sigma_s`.
-    spatial = output.spatial.reshape(len(images), -1)
-    return output.pool3, spatial, jax.nn.softmax(output.logits)
-
-
-@functools.cache
-def _graph_definition() -> nnx.GraphDef:
-    return convert.abstract_inception()[0]
-
-
-def _check_images(images: np.ndarray, shape: tuple[int | None, ...], name: str) -> None:
-    """Raises InputError unless images are uint8 (N ≥ 1, *shape), None standing for any size."""
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        found = getattr(images, "dtype", type(images).__name__)
-        raise InputError(
-            f"images: dtype {found}, expected uint8 with values 0…255 for {name} "
-            "(models.pixels.to_uint8 converts from [-1, 1])"
+    def finish(self, count: int) -> FeatureSet:
+        """Returns the result for all `count` pictures; every process must call it, once."""
+        if any(len(positions) for positions, _ in self._waiting):
+            self._extract(*map(np.concatenate, zip(*self._waiting, strict=True)))
+        positions = np.concatenate(self._positions)
+        kept = np.arange(count) if self._kept is None else self._kept
+        places = np.searchsorted(kept, positions[np.isin(positions, kept)])
+        rows = {}
+        for name, parts in self._rows.items():
+            nothing = np.zeros(0, np.uint8 if name == IMAGES else np.float32)
+            mine = np.concatenate(parts) if parts else nothing
+            rows[name] = hosts.in_order(mine, places, len(kept))
+        digests = hosts.in_order(np.concatenate(self._digests), positions, count)
+        return FeatureSet(
+            pool=self._pool.over_processes().result(),
+            spatial=self._spatial and self._spatial.over_processes().result(),
+            rows=rows,
+            shape=(count, *(int(size) for size in hosts.gather(np.asarray(self._shape)).max(0))),
+            digest=files.digest(digests),
         )
-    sizes = images.shape[1:]
-    fits = len(sizes) == len(shape) and len(images) > 0
-    if not fits or any(w not in (None, size) for w, size in zip(shape, sizes, strict=True)):
-        wanted = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(f"images: shape {images.shape}, expected (N, {wanted}) for {name}")
+
+    def _extract(self, positions: np.ndarray, images: np.ndarray) -> None:
+        found = self._extractor(images)
+        self._shape = images.shape[1:]
+        self._pool.update(found.pool)
+        if self._spatial is not None:
+            self._spatial.update(found.spatial)
+        wanted = np.isin(positions, self._kept) if self._kept is not None else slice(None)
+        for name, parts in self._rows.items():
+            parts.append((images if name == IMAGES else getattr(found, name))[wanted])
+        self._positions.append(positions)
+        hashes = b"".join(map(record_lib.picture_hash, images))
+        self._digests.append(np.frombuffer(hashes, np.uint8).reshape(len(images), -1))
 
 
-LabelledImages = tuple[np.ndarray, np.ndarray]
+def extract(
+    pieces: images_lib.Pieces,
+    count: int,
+    extractor: FeatureExtractor,
+    description: str,
+    rows: Collection[str],
+    kept: np.ndarray | None = None,
+) -> FeatureSet:
+    """Features of a set of pictures, behind a progress bar.
 
-
-def _digits_split(seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Returns training and held-out (images, labels): a seeded, stratified quarter is held out."""
-    from sklearn.model_selection import train_test_split
-
-    images, labels = digits_images()
-    train, held_out, train_labels, held_out_labels = train_test_split(
-        images, labels, test_size=0.25, random_state=seed, stratify=labels
-    )
-    return (train, train_labels), (held_out, held_out_labels)
-
-
-def _train_classifier(
-    images: np.ndarray, labels: np.ndarray, seed: int, width: int
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Returns weights and biases (float64) of a two-layer ReLU classifier."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.neural_network import MLPClassifier
-
-    classifier = MLPClassifier(
-        (width,), alpha=0.03, batch_size=64, learning_rate_init=3e-3, max_iter=80, random_state=seed
-    )
-    with warnings.catch_warnings():
-        # The number of epochs is chosen, not a limit to be warned of.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        classifier.fit(images.reshape(len(images), -1) / 255, labels)
-    return classifier.coefs_, classifier.intercepts_
+    Args:
+        pieces: this process's share of the pictures.
+        count: how many there are on all processes.
+        extractor: what turns pictures into features.
+        description: for the progress bar.
+        rows, kept: as for `FeatureAccumulator`.
+    """
+    accumulator = FeatureAccumulator(extractor, rows, kept)
+    with console.progress_bar(count, description) as advance:
+        for positions, images in pieces:
+            accumulator.add(positions, images)
+            advance(len(images) * jax.process_count())
+    return accumulator.finish(count)

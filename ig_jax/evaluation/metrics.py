@@ -1,7 +1,8 @@
-"""The paper's five numbers from features: Fréchet distances, Inception Score, precision, recall.
+"""The numbers that pictures are scored by: a table, from which evaluation, the guidance search and
+evaluation during training take their columns, and the definitions behind its rows.
 
-Definitions are those of ADM's evaluator (Dhariwal & Nichol 2021). Moments and scores are float64 on
-the host; the pairwise distances of precision and recall run on the device in blocks.
+The paper's five are defined as in ADM's evaluator (Dhariwal & Nichol 2021). Moments and scores are
+float64 on the host; the pairwise distances of precision and recall run on the device in blocks.
 """
 
 from __future__ import annotations
@@ -9,14 +10,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from ig_jax import config as config_lib
 from ig_jax.errors import InputError
-from ig_jax.evaluation.statistics import GaussianStatistics, gaussian_statistics
+from ig_jax.evaluation.features import FeatureSet
+from ig_jax.evaluation.statistics import GaussianStatistics, ReferenceStatistics
+
+# Of precision and recall.
+NEIGHBOURS = 3
 
 
 class FewSamplesWarning(UserWarning):
@@ -51,30 +58,7 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         message = few_samples(statistics.count, statistics.mean.size)
         if message:
             warnings.warn(message, FewSamplesWarning, stacklevel=2)
-    return _distance(a, b, _factor(a.covariance), _factor(b.covariance))
-
-
-def frechet_bootstrap(
-    features: np.ndarray, reference: GaussianStatistics, resamples: int, seed: int
-) -> np.ndarray:
-    """Fréchet distances of `resamples` bootstrap draws (with replacement) from (N, D) features.
-
-    The spread estimates the uncertainty of `frechet_distance`. The mean lies above it, because a
-    resampled covariance is noisier, so take widths from here and the value from the full set. Meant
-    for small D (each draw costs O(N·D² + D³)).
-
-    Returns:
-        (resamples,) float64.
-    """
-    generator = np.random.default_rng(seed)
-    factor = _factor(reference.covariance)
-    distances = []
-    for _ in range(resamples):
-        drawn = features[generator.integers(len(features), size=len(features))]
-        statistics = gaussian_statistics(drawn)
-        _check_widths(statistics, reference)
-        distances.append(_distance(statistics, reference, _factor(statistics.covariance), factor))
-    return np.asarray(distances)
+    return _distance(a, b)
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
@@ -118,7 +102,7 @@ class PrecisionRecall:
 
 
 def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, k: int = 3, block_size: int = 2048
+    reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOURS, block_size: int = 2048
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019), as ADM computes them.
 
@@ -170,23 +154,9 @@ def _check_widths(a: GaussianStatistics, b: GaussianStatistics) -> None:
         )
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """Returns L (D, rank) with `Σ = L Lᵀ`.
-
-    Eigenvalues below rounding error are dropped: their square roots are 1e8 times larger than they
-    are, and two thousand of them would be seen in the distance.
-    """
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    floor = values[-1] * len(values) * np.finfo(np.float64).eps
-    keep = values > max(floor, 0.0)
-    return vectors[:, keep] * np.sqrt(values[keep])
-
-
-def _distance(
-    a: GaussianStatistics, b: GaussianStatistics, factor_a: np.ndarray, factor_b: np.ndarray
-) -> float:
+def _distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
     difference = a.mean - b.mean
-    product = factor_a.T @ factor_b  # has no entries if either covariance is zero
+    product = a.factor.T @ b.factor  # has no entries if either covariance is zero
     cross = np.linalg.svd(product, compute_uv=False).sum() if product.size else 0.0
     trace = np.trace(a.covariance) + np.trace(b.covariance)
     # Equal statistics differ by rounding only, which may come out below zero.
@@ -239,3 +209,124 @@ def _share_inside(features: np.ndarray, centres: np.ndarray, k: int, block_size:
         for rows, real in _blocks(features, block_size)
     )
     return inside / len(features)
+
+
+Labels = np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+    """A number that pictures are scored by: a row of `METRICS`.
+
+    Attributes:
+        title: what tables and plots call it.
+        compute: `compute(samples, reference, labels) -> number`, `labels` (N,) being those that
+            were asked for.
+        needs: what it reads of the samples: names of `extractors.Features` that the extractor must
+            give, or "images". Without any of these the metric is left out.
+        rows: which of them it reads picture by picture (`FeatureSet.rows`).
+        reference: the attribute of `ReferenceStatistics` that it reads, if any.
+        labels: whether it reads labels.
+        better: 1 if larger is better, -1 if smaller.
+        least: pictures, on either side, that it needs at the least.
+        format: of its values.
+        unit: axis label of plots; metrics of one unit share a panel.
+        raced: whether a search shows it for every setting also where another metric decides (not
+            if it costs more than a glance at the features).
+        inception_title: its name where the features are Inception's.
+    """
+
+    title: str
+    compute: Callable[[FeatureSet, ReferenceStatistics, Labels], float]
+    needs: tuple[str, ...] = ("pool",)
+    rows: tuple[str, ...] = ()
+    reference: str = ""
+    labels: bool = False
+    better: int = -1
+    least: int = 2
+    format: str = ".4g"
+    unit: str = "distance (lower is better)"
+    raced: bool = True
+    inception_title: str = ""
+
+    def title_for(self, extractor: str) -> str:
+        """Its title for features of the extractor of this name."""
+        inception = extractor.startswith("inception")
+        return self.inception_title if inception and self.inception_title else self.title
+
+
+def label_accuracy(readings: np.ndarray, labels: np.ndarray) -> float:
+    """Share of (N, classes) readings that are the (N,) labels."""
+    return float(np.mean(readings.argmax(1) == labels))
+
+
+def _precision_recall(samples: FeatureSet, reference: ReferenceStatistics) -> PrecisionRecall:
+    key = ("precision_recall", id(reference))
+    if key not in samples.memo:
+        samples.memo[key] = precision_recall(reference.features, samples.rows["pool"])
+    return samples.memo[key]
+
+
+_SHARE = "share of pictures"
+
+METRICS: dict[str, Metric] = {
+    "fid": Metric(
+        "Fréchet distance",
+        lambda samples, reference, labels: _distance(samples.pool, reference.pool),
+        reference="pool",
+        inception_title="FID",
+    ),
+    "sfid": Metric(
+        "sFID",
+        lambda samples, reference, labels: _distance(samples.spatial, reference.spatial),
+        needs=("spatial",),
+        reference="spatial",
+        raced=False,
+    ),
+    "inception_score": Metric(
+        "IS",
+        lambda samples, reference, labels: inception_score(samples.rows["probabilities"]),
+        needs=("probabilities",),
+        rows=("probabilities",),
+        better=1,
+        unit="Inception Score",
+    ),
+    "precision": Metric(
+        "precision",
+        lambda samples, reference, labels: _precision_recall(samples, reference).precision,
+        rows=("pool",),
+        reference="features",
+        better=1,
+        least=NEIGHBOURS + 1,
+        format=".3f",
+        unit=_SHARE,
+        raced=False,
+    ),
+    "recall": Metric(
+        "recall",
+        lambda samples, reference, labels: _precision_recall(samples, reference).recall,
+        rows=("pool",),
+        reference="features",
+        better=1,
+        least=NEIGHBOURS + 1,
+        format=".3f",
+        unit=_SHARE,
+        raced=False,
+    ),
+    "label_accuracy": Metric(
+        "label accuracy",
+        lambda samples, reference, labels: label_accuracy(samples.rows["readings"], labels),
+        needs=("readings",),
+        rows=("readings",),
+        labels=True,
+        better=1,
+        format=".1%",
+        unit=_SHARE,
+    ),
+}
+
+
+def check_name(config: ConfigDict) -> str:
+    """The row of `METRICS` that `config.sweep.metric` names; raises `InputError` if none is."""
+    config_lib.check_choice(config, "sweep.metric", METRICS)
+    return config.sweep.metric

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import zipfile
@@ -20,6 +21,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax.errors import InputError
+from ig_jax.parallel import hosts
 from ig_jax.paths import resolve
 from ig_jax.storage.files import write_atomically
 
@@ -54,6 +56,23 @@ class GaussianStatistics:
             )
         if not (np.all(np.isfinite(self.mean)) and np.all(np.isfinite(self.covariance))):
             raise InputError("statistics: mean or covariance has NaN or infinite values")
+
+    @functools.cached_property
+    def factor(self) -> np.ndarray:
+        """L (D, rank) with `Σ = L Lᵀ`; raises `InputError` if there is none.
+
+        Eigenvalues below rounding error are dropped: their square roots are 1e8 times larger than
+        they are, and two thousand of them would be seen in a distance.
+        """
+        values, vectors = np.linalg.eigh((self.covariance + self.covariance.T) / 2)
+        scale = np.abs(values).max(initial=0.0)
+        if values.min(initial=0.0) < -1e-4 * scale:
+            raise InputError(
+                f"statistics: the covariance has eigenvalues down to {values[0]:.3g}, "
+                "expected none below 0"
+            )
+        keep = values > scale * len(values) * np.finfo(np.float64).eps
+        return vectors[:, keep] * np.sqrt(values[keep])
 
 
 class RunningStatistics:
@@ -119,14 +138,14 @@ class RunningStatistics:
         if jax.process_count() == 1:
             total._fold(count, mean, scatter)
             return total
-        counts = _gather(np.asarray([count], np.float64))[:, 0]
-        means = _gather(mean)
+        counts = hosts.gather(np.asarray([count], np.float64))[:, 0]
+        means = hosts.gather(mean)
         # A matrix of every process at once would be 32 MiB × processes at 2048; fold by row slices.
         # Chan's update of a slice of rows needs only those rows and the two mean vectors.
         for start in range(0, self.width, 256):
             rows = slice(start, start + 256)
             seen, running = 0.0, np.zeros(self.width)
-            for n, m, part in zip(counts, means, _gather(scatter[rows]), strict=True):
+            for n, m, part in zip(counts, means, hosts.gather(scatter[rows]), strict=True):
                 if n > 0:
                     delta = m - running
                     weight = seen * n / (seen + n)
@@ -306,16 +325,6 @@ def _moments(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     mean = rows.mean(0)
     centred = rows - mean
     return len(rows), mean, centred.T @ centred
-
-
-def _gather(array: np.ndarray) -> np.ndarray:
-    """Stacks every process's float64 array, in process order."""
-    from jax.experimental import multihost_utils
-
-    # As 32-bit words: JAX would round float64 to float32.
-    words = np.ascontiguousarray(array).view(np.uint32)
-    stacked = multihost_utils.process_allgather(words)
-    return np.ascontiguousarray(stacked).view(np.float64)
 
 
 def _archive(file: IO[bytes], path: epath.Path) -> zipfile.ZipFile:

@@ -7,17 +7,12 @@ and the rest go on to more samples, so that most of the work goes where the deci
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
-import hashlib
 import io
 import itertools
 import json
-import logging
-import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,36 +23,25 @@ from ig_jax import config as config_lib
 from ig_jax import console, pictures
 from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
-from ig_jax.evaluation import evaluate, metrics, protocol, sets
-from ig_jax.evaluation.protocol import Result
-from ig_jax.evaluation.statistics import gaussian_statistics
+from ig_jax.evaluation import metrics, report
+from ig_jax.evaluation.features import FeatureSet
+from ig_jax.evaluation.metrics import METRICS
+from ig_jax.evaluation.race import Entry, cost, plan_rounds, race, resamples
+from ig_jax.evaluation.report import Result
+from ig_jax.evaluation.run import Evaluator, open_source
 from ig_jax.experiment import Experiment
 from ig_jax.models.functional import Params
+from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
-from ig_jax.sampling.labels import labels_for
+from ig_jax.record import Weights, describe, describe_guidance
+from ig_jax.sampling.labels import LabelRule, label_rule
+from ig_jax.sampling.run import open_weights
+from ig_jax.storage import files
 
 FOLDER = "sweep"
-# Of the full grid's samples, if the config names no budget.
-SHARE = 0.3
-# This many settings reach the last round (more if the budget lets all of them have all samples).
-FINALISTS = 2
 # Settings whose uncertainty is estimated: a resample of 2048-wide features takes seconds.
 BOOTSTRAPPED = 4
-# By how much settings may fall from round to round, the gentlest first.
-FACTORS = (2, 3, 4, 6, 8, 12, 16)
-# Metric → whether larger is better.
-DIRECTIONS = {"fid": -1, "inception_score": 1, "label_accuracy": 1}
-
-log = logging.getLogger("ig_jax")
-
-
-@dataclasses.dataclass(frozen=True)
-class Round:
-    """A round of the race: how many settings run, and how many samples each has at its end."""
-
-    settings: int
-    samples: int
 
 
 def settings_of(config: ConfigDict) -> list[GuidanceOptions]:
@@ -84,70 +68,6 @@ def settings_of(config: ConfigDict) -> list[GuidanceOptions]:
     )
 
 
-def cost(rounds: Sequence[Round], fresh: int) -> int:
-    """Samples drawn in a race, each once, and `fresh` more to measure the winner again."""
-    drawn, before = 0, 0
-    for entry in rounds:
-        drawn += entry.settings * (entry.samples - before)
-        before = entry.samples
-    return drawn + fresh
-
-
-def plan_rounds(settings: int, num_samples: int, budget: int, batch_size: int) -> list[Round]:
-    """Divides a budget of samples over rounds.
-
-    Settings fall by a constant factor from round to round and samples grow geometrically. Of the
-    plans that fit, the gentlest factor is taken, and then the most samples in the first round,
-    whose verdict is the least certain.
-
-    Args:
-        settings: how many there are.
-        num_samples: of each setting in the last round.
-        budget: samples of all settings together, with `num_samples` fresh ones for the winner; 0
-            for 30 % of the full grid's, or the least of a gentle plan where that is too little.
-        batch_size: rounds end on multiples of it, since a started batch costs a whole one.
-
-    Returns:
-        The rounds. Raises `InputError` if even the cheapest plan costs more than the budget.
-    """
-    plans = [_plans(settings, num_samples, batch_size, factor) for factor in FACTORS]
-    limit = budget or SHARE * settings * num_samples
-    for rounds in itertools.chain(*plans):
-        if cost(rounds, num_samples) <= limit:
-            return rounds
-    if not budget:
-        return plans[0][-1]
-    cheapest = min(cost(rounds, num_samples) for rounds in itertools.chain(*plans))
-    raise InputError(
-        f"config.sweep.budget is {budget} samples: {settings} settings with {num_samples} in the "
-        f"last round need at least {cheapest} in batches of {batch_size} "
-        "(lower config.sweep.num_samples or config.sampler.batch_size, or name fewer settings)"
-    )
-
-
-def _plans(settings: int, num_samples: int, batch_size: int, factor: int) -> list[list[Round]]:
-    """All plans in which settings fall by a factor, from the most samples at first to the least."""
-    alive = [settings]
-    while alive[-1] > FINALISTS:
-        alive.append(max(FINALISTS, math.ceil(alive[-1] / factor)))
-    whole = range(num_samples // batch_size * batch_size, 0, -batch_size)
-    # With one round there is nothing to grow.
-    starts = (num_samples, *whole) if len(alive) > 1 else (num_samples,)
-    return [_rounds(alive, start, num_samples, batch_size) for start in starts]
-
-
-def _rounds(alive: Sequence[int], start: int, num_samples: int, batch_size: int) -> list[Round]:
-    rounds: list[Round] = []
-    for i, count in enumerate(alive):
-        wanted = start * (num_samples / start) ** (i / max(len(alive) - 1, 1))
-        whole = math.ceil(wanted / batch_size - 1e-9) * batch_size
-        samples = min(whole, num_samples)
-        # A round without new samples has nothing new to say.
-        if not rounds or samples > rounds[-1].samples:
-            rounds.append(Round(count, samples))
-    return rounds
-
-
 class Draws:
     """Features of settings' samples, drawn when first asked for and kept on disk from then on.
 
@@ -157,25 +77,28 @@ class Draws:
     Args:
         evaluator: draws samples and extracts features.
         params: the network's parameters.
-        folder: where features are kept, for these weights, sampler, labels and seed only.
+        folder: where features are kept, for these weights, sampler, labels, seed and rows only.
         seed: of noise.
         labels: (N,) for every sample that may be asked for.
+        rows: names of the features that are kept, "pool" among them.
     """
 
     def __init__(
         self,
-        evaluator: evaluate.Evaluator,
+        evaluator: Evaluator,
         params: Params,
         folder: epath.PathLike,
         seed: int,
         labels: np.ndarray,
+        rows: Sequence[str],
     ):
         self._evaluator, self._params = evaluator, params
-        self._folder, self._seed, self.labels = resolve(folder), seed, labels
+        self._folder, self._seed, self._rows = resolve(folder), seed, rows
+        self.labels = labels
         self._held: dict[GuidanceOptions, dict[str, np.ndarray]] = {}
 
     def __call__(self, guidance: GuidanceOptions, count: int) -> dict[str, np.ndarray]:
-        """Features of a setting's first `count` samples: "pool" and, if any, "probabilities"."""
+        """Features of a setting's first `count` samples: name → (count, …)."""
         held = self._held.get(guidance)
         have = 0 if held is None else len(held["pool"])
         if have < count:
@@ -185,73 +108,26 @@ class Draws:
         return {name: rows[:count] for name, rows in held.items()}
 
     def _piece(self, guidance: GuidanceOptions, start: int, stop: int) -> dict[str, np.ndarray]:
-        name = hashlib.sha256(json.dumps(protocol.guidance_record(guidance)).encode()).hexdigest()
+        name = files.json_digest(guidance.build(self._evaluator.engine.weaker).record())
         file = self._folder / f"{name[:16]}-{start}-{stop}.npz"
         # The primary's view decides: the others must not draw what it reads, or wait for it.
-        if sets.primary_says(file.exists()):
+        if hosts.primary_says(file.exists()):
             with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
                 return {key: arrays[key] for key in arrays.files}
         indices = np.arange(start, stop)
         found = self._evaluator.sample_features(
-            self._params, guidance, indices, self.labels[indices], self._seed
+            self._params, guidance, indices, self.labels[indices], self._seed, rows=self._rows
         )
-        piece = {"pool": found.features, "probabilities": found.probabilities}
-        piece = {key: rows for key, rows in piece.items() if rows is not None}
+        piece = dict(found.rows)
         if is_primary():
-            buffer = io.BytesIO()
-            np.savez(buffer, **piece)
             self._folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(file.name + ".partial")
-            partial.write_bytes(buffer.getvalue())
-            partial.replace(file)
+            with files.write_atomically(file) as partial, partial.open("wb") as stream:
+                np.savez(stream, **piece)
         return piece
 
 
 def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([a[name], b[name]]) for name in a}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What became of one setting: values of every metric after each round it took part in."""
-
-    guidance: GuidanceOptions
-    samples: tuple[int, ...]
-    values: tuple[dict[str, float], ...]
-
-
-def race(
-    settings: Sequence[GuidanceOptions],
-    rounds: Sequence[Round],
-    measure: Callable[[GuidanceOptions, int], dict[str, float]],
-    metric: str,
-    advance: console.Advance = lambda count=1, text="": None,
-) -> list[Entry]:
-    """Runs the rounds.
-
-    Args:
-        settings: those that start.
-        rounds: of `plan_rounds`.
-        measure: `measure(setting, samples)` gives the metrics of a setting's first samples.
-        metric: the one that decides.
-        advance: told of new samples.
-
-    Returns:
-        An entry for each setting, the best first: by the last round it reached, then its value.
-    """
-    entries = {setting: Entry(setting, (), ()) for setting in settings}
-    alive, before, ranking = list(settings), 0, []
-    for entry in rounds:
-        ranking = alive[entry.settings :] + ranking
-        alive = alive[: entry.settings]
-        for setting in alive:
-            values = measure(setting, entry.samples)
-            old = entries[setting]
-            entries[setting] = Entry(setting, (*old.samples, entry.samples), (*old.values, values))
-            advance(entry.samples - before)
-        alive.sort(key=lambda s: -DIRECTIONS[metric] * entries[s].values[-1][metric])
-        before = entry.samples
-    return [entries[setting] for setting in alive + ranking]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,87 +143,87 @@ class Search:
 
     Args:
         experiment: the config and its parts.
-        params: the network's parameters, on the mesh.
-        step: their training step, for the record.
+        weights: the network's parameters, on the mesh, and what is known of them.
         workdir: results and draws go to its folder `sweep`.
+
+    Attributes:
+        metric: the name of the metric that decides.
+        measured: names of all that are measured on the way.
 
     Raises:
         InputError: before anything is compiled: an impossible budget, metric or setting.
     """
 
-    def __init__(self, experiment: Experiment, params: Params, step: int, workdir: str):
+    def __init__(self, experiment: Experiment, weights: Weights, workdir: str):
         config = experiment.config
         sweep = config.sweep
-        self.metric = sweep.metric
+        self.metric = metrics.check_name(config)
         self.settings = settings_of(config)
         config_lib.check_guidance(config, self.settings)
         self.grid_samples = len(self.settings) * sweep.num_samples
         self.rounds = plan_rounds(
-            len(self.settings),
-            sweep.num_samples,
-            sweep.budget,
-            config.sampler.batch_size,
+            len(self.settings), sweep.num_samples, sweep.budget, config.sampler.batch_size
         )
         self.folder = resolve(workdir) / FOLDER
-        source = evaluate.open_source(experiment, workdir, step)
-        self.evaluator = evaluate.Evaluator.create(experiment, source, workdir)
+        source = open_source(experiment, workdir, weights.step)
+        self._rule = label_rule(config, source.class_names)
+        counts = {"sweep.num_samples": sweep.num_samples}
+        self.evaluator = Evaluator.create(experiment, source, counts, workdir)
         self.scorer = self.evaluator.scorer
-        self._check_metric()
-        self._params, self._step = params, step
-        self._class_names = source.class_names
-        self._weights = protocol.weights_hash(params)
-        self.draws = self.open_draws(sweep.seed)
+        self.measured = self._measured()
+        self._weights, self._num_samples = weights, sweep.num_samples
+        self._seed, self._bootstrap = sweep.seed, sweep.bootstrap
+        self.draws = self._open_draws()
 
-    def _check_metric(self) -> None:
-        needs = ""
-        if self.metric == "inception_score" and not self.scorer.is_inception:
-            needs = "Inception features"
-        if self.metric == "label_accuracy" and not self.scorer.reads_labels:
-            needs = "the digits classifier and a class-conditional model"
-        if needs:
-            raise InputError(f"config.sweep.metric is {self.metric!r}: it needs {needs}")
-
-    def open_draws(self, seed: int) -> Draws:
-        """The stored features of samples of another seed's noise and labels."""
-        config = self._seeded(seed)
-        indices = np.arange(config.sweep.num_samples)
-        labels = labels_for(config, indices, self._class_names)
-        record = self._record(config, config_lib.guidance(config, ig_scale=1.0, cfg_scale=1.0))
-        key = json.dumps([record, self.scorer.extractor.fingerprint], sort_keys=True)
-        folder = self.folder / f"draws-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        return Draws(self.evaluator, self._params, folder, seed, labels)
-
-    def _seeded(self, seed: int) -> ConfigDict:
-        config = copy.deepcopy(self.evaluator.experiment.config)
-        config.seed = seed
-        return config
-
-    def _record(self, config: ConfigDict, guidance: GuidanceOptions) -> dict[str, Any]:
-        return protocol.sampling_record(
-            config,
-            guidance,
-            step=self._step,
-            weights=self._weights,
-            ema=config.sampler.ema,
-            weak=self.evaluator.weak_hash(),
+    def _measured(self) -> tuple[str, ...]:
+        """The metric that decides and those that cost no more than a glance."""
+        found, extractor = self.scorer.metrics, self.scorer.extractor
+        if self.metric not in found:
+            metric = METRICS[self.metric]
+            needs = [*metric.needs, *["labels"] * metric.labels]
+            needs += [f"the reference's {metric.reference}"] * bool(metric.reference)
+            raise InputError(
+                f"config.sweep.metric is {self.metric!r}: it needs {', '.join(needs)}; "
+                f"{extractor.name} gives {', '.join(extractor.gives)}"
+            )
+        least, first = found[self.metric].least, self.rounds[0].samples
+        if first < least:
+            raise InputError(
+                f"the first round has {first} samples a setting: expected at least {least} for "
+                f"{self.metric} (raise config.sweep.budget)"
+            )
+        return tuple(
+            name
+            for name, metric in found.items()
+            if name == self.metric or (metric.raced and metric.least <= first)
         )
 
-    def values(self, rows: dict[str, np.ndarray], labels: np.ndarray) -> dict[str, float]:
-        """Every metric a search can use, of features as `Draws` holds them."""
-        pool = gaussian_statistics(rows["pool"])
-        with warnings.catch_warnings():  # said once, by `notes`
-            warnings.simplefilter("ignore", metrics.FewSamplesWarning)
-            found = {"fid": metrics.frechet_distance(pool, self.scorer.reference.pool)}
-        if self.scorer.is_inception:
-            found["inception_score"] = metrics.inception_score(rows["probabilities"])
-        if self.scorer.reads_labels:
-            read = rows["probabilities"]
-            found["label_accuracy"] = evaluate.label_accuracy(read, labels[: len(read)])
-        return found
+    def _open_draws(self) -> Draws:
+        """The stored features of samples of the search's noise and labels."""
+        needs = {name for metric in self.measured for name in METRICS[metric].needs}
+        rows = sorted({"pool", *needs})
+        # Settings are told apart inside the folder.
+        record = self._record(GuidanceOptions(), self._seed)
+        key = [record, self.scorer.extractor.fingerprint, rows]
+        folder = self.folder / f"draws-{files.json_digest(key)[:16]}"
+        labels = self._labels(self._seed)(np.arange(self._num_samples))
+        return Draws(self.evaluator, self._weights.params, folder, self._seed, labels, rows)
+
+    def _labels(self, seed: int) -> LabelRule:
+        return dataclasses.replace(self._rule, seed=seed)
+
+    def _record(self, guidance: GuidanceOptions, seed: int) -> dict[str, Any]:
+        return self.evaluator.record(guidance, self._weights, self._labels(seed), seed)
+
+    def values(
+        self, names: Sequence[str], rows: dict[str, np.ndarray], labels: np.ndarray
+    ) -> dict[str, float]:
+        """Metrics by name, of features as `Draws` holds them."""
+        return self.scorer.values(names, FeatureSet.of_rows(rows), labels)
 
     def measure(self, guidance: GuidanceOptions, count: int) -> dict[str, float]:
         """The metrics of a setting's first `count` samples of the search's noise."""
-        return self.values(self.draws(guidance, count), self.draws.labels)
+        return self.values(self.measured, self.draws(guidance, count), self.draws.labels[:count])
 
     def notes(self) -> list[str]:
         """Warnings about the values of the first round."""
@@ -361,40 +237,33 @@ class Search:
 
     def resampled(self, entry: Entry) -> np.ndarray:
         """Bootstrap values of an entry's last round; the same resamples for every setting."""
-        sweep = self.evaluator.experiment.config.sweep
-        rows = self.draws(entry.guidance, entry.samples[-1])
-        if self.metric == "fid":
-            reference = self.scorer.reference.pool
-            return metrics.frechet_bootstrap(rows["pool"], reference, sweep.bootstrap, sweep.seed)
-        generator = np.random.default_rng(sweep.seed)
-        labels, count = self.draws.labels, entry.samples[-1]
+        count = entry.samples[-1]
+        rows, labels = self.draws(entry.guidance, count), self.draws.labels
         values = []
-        for _ in range(sweep.bootstrap):
-            drawn = generator.integers(count, size=count)
+        for drawn in resamples(count, self._bootstrap, self._seed):
             resample = {name: array[drawn] for name, array in rows.items()}
-            values.append(self.values(resample, labels[drawn])[self.metric])
+            values.append(self.values([self.metric], resample, labels[drawn])[self.metric])
         return np.asarray(values)
 
     def uncertainty(self, finalists: Sequence[Entry]) -> list[Uncertainty]:
         """Bootstrap uncertainty of the entries of the last round."""
-        resamples = np.stack([self.resampled(entry) for entry in finalists])
-        winners = (DIRECTIONS[self.metric] * resamples).argmax(0)
+        drawn = np.stack([self.resampled(entry) for entry in finalists])
+        winners = (METRICS[self.metric].better * drawn).argmax(0)
         return [
             Uncertainty(float(values.std(ddof=1)), float(np.mean(winners == i)))
-            for i, values in enumerate(resamples)
+            for i, values in enumerate(drawn)
         ]
 
     def fresh(self, guidance: GuidanceOptions) -> Result:
         """All metrics of a setting on noise and labels that the search has not seen."""
-        config = self._seeded(self.evaluator.experiment.config.sweep.seed + 1)
-        indices = np.arange(config.sweep.num_samples)
-        labels = labels_for(config, indices, self._class_names)
+        seed, indices = self._seed + 1, np.arange(self._num_samples)
+        labels = self._labels(seed)(indices)
         with console.progress_bar(len(indices), "measuring the winner again") as advance:
             found = self.evaluator.sample_features(
-                self._params, guidance, indices, labels, config.seed, advance
+                self._weights.params, guidance, indices, labels, seed, advance
             )
         scores, notes = self.scorer.score(found, labels)
-        record = self.scorer.record(found, self._record(config, guidance))
+        record = self.scorer.record(found, self._record(guidance, seed))
         return Result(scores, record, notes)
 
 
@@ -412,9 +281,9 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     Returns:
         The last line to print. Raises `InputError`.
     """
+    metrics.check_name(config)
     experiment = Experiment.from_config(config)
-    params, step = evaluate.load_weights(experiment, workdir, which)
-    search = Search(experiment, params, step, workdir)
+    search = Search(experiment, open_weights(experiment, workdir, which), workdir)
     if is_primary():
         plan = ", ".join(f"{r.settings} settings to {r.samples}" for r in search.rounds)
         print(f"rounds (samples each): {plan}")
@@ -422,7 +291,8 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     finalists = [entry for entry in entries if len(entry.samples) == len(search.rounds)]
     uncertainties = search.uncertainty(finalists[:BOOTSTRAPPED])
     confirmed = search.fresh(entries[0].guidance)
-    drawn = cost(search.rounds, config.sweep.num_samples)
+    # Of the whole search: what an earlier one left on disk counts too.
+    drawn = sum(entry.samples[-1] for entry in entries) + confirmed.protocol["num_samples"]
     if is_primary():
         _save(search, entries, uncertainties, confirmed, drawn)
         _print(search, entries, uncertainties)
@@ -450,7 +320,7 @@ def _save(
         "metric": search.metric,
         "search": rows[0],
         "fresh": dataclasses.asdict(confirmed),
-        "line": protocol.line(confirmed),
+        "line": report.line(confirmed),
         "samples_drawn": drawn,
         "samples_of_full_grid": search.grid_samples,
     }
@@ -529,15 +399,15 @@ def _print(
 ) -> None:
     names = list(entries[0].values[0])
     record = {"features": search.scorer.extractor.name}
-    titles = [evaluate.metric_title(name, record) for name in names]
+    titles = [report.title(name, record) for name in names]
     rows = []
     for rank, entry in enumerate(entries[:most]):
         known = uncertainties[rank] if rank < len(uncertainties) else None
         rows.append(
             [
-                protocol.describe_guidance(protocol.guidance_record(entry.guidance)),
+                describe(entry.guidance),
                 f"{entry.samples[-1]:,}",
-                *(f"{entry.values[-1][n]:{protocol.METRICS[n][1]}}" for n in names),
+                *(report.shown(name, entry.values[-1][name]) for name in names),
                 "" if known is None else f"{known.standard_error:.2g}",
                 "" if known is None else f"{known.wins:.0%}",
             ]
@@ -549,11 +419,11 @@ def _print(
 def _last_line(
     search: Search, best: Entry, uncertainty: Uncertainty, confirmed: Result, drawn: int
 ) -> str:
-    name = evaluate.metric_title(search.metric, confirmed.protocol)
+    name = report.title(search.metric, confirmed.protocol)
     value, fresh = best.values[-1][search.metric], confirmed.metrics[search.metric]
-    setting = protocol.describe_guidance(confirmed.protocol)
+    setting = describe_guidance(confirmed.protocol)
     return (
-        f"{protocol.line(confirmed)}\n"
+        f"{report.line(confirmed)}\n"
         f"best: {setting}, {name} {value:.4g} ± {uncertainty.standard_error:.2g} in the search, "
         f"{fresh:.4g} on fresh noise; {drawn:,} samples "
         f"({drawn / search.grid_samples:.0%} of the full grid's); results: {search.folder}"
@@ -580,8 +450,8 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
     def label(name: str) -> str:
         if name == scale_label:
             return name
-        better = "higher" if DIRECTIONS[name] > 0 else "lower"
-        return f"{evaluate.metric_title(name, record)} ({better} is better)"
+        better = "higher" if METRICS[name].better > 0 else "lower"
+        return f"{report.title(name, record)} ({better} is better)"
 
     figure = pictures.make_figure(5.4 * len(panels), 4.4)
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
@@ -595,11 +465,11 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
         axes.set(xlabel=label(names[0]), ylabel=label(names[1]))
         axes.grid(alpha=0.3)
     figure.axes[0].legend(fontsize="small")
-    title = evaluate.metric_title(metric, record)
+    title = report.title(metric, record)
     figure.suptitle(
         f"guidance search, step {record['checkpoint_step']}: the first {first:,} samples of each "
         "setting; larger markers went further\n"
-        f"winner: {protocol.describe_guidance(record)}, {title} {confirmed.metrics[metric]:.4g} "
+        f"winner: {describe_guidance(record)}, {title} {confirmed.metrics[metric]:.4g} "
         f"on {record['num_samples']:,} fresh samples",
         fontsize="medium",
     )

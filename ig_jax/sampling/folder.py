@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import zipfile
 from collections.abc import Iterator
@@ -19,10 +17,11 @@ from ig_jax.storage import files
 
 def folder_name(record: dict[str, Any]) -> str:
     """A folder name for a sampling record: readable, and different for different records."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+    digest = files.json_digest(record)[:12]
+    sampler = record["sampler"].partition("(")[0]
     return (
         f"step{record['checkpoint_step']}_ig{record['ig_scale']:g}_cfg{record['cfg_scale']:g}"
-        f"_{record['sampler']}{record['num_steps'] or ''}_seed{record['seed']}_{digest}"
+        f"_{sampler}{record['num_steps'] or ''}_seed{record['seed']}_{digest}"
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -39,10 +41,35 @@ def choose_labels(
     return labels[indices].astype(np.int32)
 
 
-def labels_for(config: ConfigDict, indices: np.ndarray, class_names: tuple[str, ...]) -> np.ndarray:
-    """The labels that `config.sampler.labels` asks for: random, balanced, or classes in turn."""
+@dataclasses.dataclass(frozen=True)
+class LabelRule:
+    """Gives every sample its label; see `choose_labels`."""
+
+    kind: str
+    num_classes: int
+    seed: int
+    classes: tuple[int, ...] = ()
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        """Labels (N,) int32 of the samples with these indices (N,)."""
+        return choose_labels(self.kind, indices, self.num_classes, self.seed, self.classes)
+
+    def __str__(self) -> str:
+        if self.num_classes == 0:
+            return "none"
+        return ",".join(map(str, self.classes)) if self.kind == "given" else self.kind
+
+
+def label_rule(config: ConfigDict, class_names: tuple[str, ...]) -> LabelRule:
+    """What `config.sampler.labels` asks for: random, balanced, or classes in turn.
+
+    Raises:
+        InputError: a class that the model does not have.
+    """
     wanted, num_classes = config.sampler.labels, config.model.num_classes
     if wanted in LABELS:
-        return choose_labels(wanted, indices, num_classes, config.seed)
+        return LabelRule(wanted, num_classes, config.seed)
     classes = latents.resolve_classes(wanted, class_names)
-    return choose_labels("given", indices, num_classes, config.seed, classes)
+    rule = LabelRule("given", num_classes, config.seed, classes)
+    rule(np.arange(1))  # refuses a label out of range
+    return rule

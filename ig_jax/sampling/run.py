@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console, pictures
+from ig_jax import console, pictures, tables
+from ig_jax import record as record_lib
+from ig_jax.diffusion import samplers
 from ig_jax.diffusion.guidance import GuidanceOptions, Weaker
 from ig_jax.errors import InputError
-from ig_jax.evaluation import protocol
 from ig_jax.experiment import Experiment, ToImages, make_to_images
-from ig_jax.models.functional import Params
+from ig_jax.models.functional import Params, merge
+from ig_jax.models.network import Spec
+from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine, Settings
 from ig_jax.sampling.folder import PictureFolder, folder_name, write_npz
-from ig_jax.sampling.labels import labels_for
-from ig_jax.storage.checkpoints import Checkpoints, parse_step
+from ig_jax.sampling.labels import LabelRule, label_rule
+from ig_jax.storage.checkpoints import (
+    Checkpoints,
+    find_step,
+    parse_step,
+    saved_config,
+    saved_source,
+)
 
 
 def make_engine(experiment: Experiment) -> Engine:
@@ -45,7 +59,8 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
     workdir = experiment.config.guidance.weak
     if not workdir:
         return None
-    step = parse_step(experiment.config.guidance.weak_step, "config.guidance.weak_step")
+    which = parse_step(experiment.config.guidance.weak_step, "config.guidance.weak_step")
+    step = find_step(workdir, which)  # once, while training may save another
     weak = experiment.of_workdir(workdir, step)
     saved = weak.config
     for field, found, expected in (
@@ -65,6 +80,83 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
     return Weaker(params, weak.graphdef)
 
 
+def open_weights(
+    experiment: Experiment, workdir: epath.PathLike, which: int | str = "last"
+) -> record_lib.Weights:
+    """A checkpoint's weights, EMA or raw as `config.sampler.ema` says.
+
+    What the record says of them is what that checkpoint's own config says, not this one's. Raises
+    `InputError` if there is no such checkpoint.
+    """
+    ema = experiment.config.sampler.ema
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.step(which)
+    params = checkpoints.weights(experiment.abstract_params(), step, ema)
+    checkpoints.close()
+    # Converted weights come without their training's config: the decay there is a recipe's.
+    trained_here = saved_source(workdir, step) is not None
+    decay = saved_config(workdir, step).train.ema_decay if ema and trained_here else None
+    return record_lib.Weights(params, step, ema, decay)
+
+
+def sampling_record(
+    experiment: Experiment,
+    engine: Engine,
+    guidance: GuidanceOptions,
+    weights: record_lib.Weights,
+    labels: LabelRule,
+    seed: int,
+    to_images: ToImages,
+) -> dict[str, Any]:
+    """All that sample i of a run depends on, from the values that it is drawn with.
+
+    Every field of the engine's settings, of the labels' rule and of the way to pictures is in it,
+    whatever fields there are.
+    """
+    settings, spec = engine.settings, experiment.spec
+    fields = {
+        f.name: record_lib.plain(getattr(settings, f.name))
+        for f in dataclasses.fields(settings)
+        if f.name != "graphdef"  # the spec and the precision make it
+    }
+    if not settings.sampler.fixed_grid:
+        fields |= {"num_steps": None, "time_shift": None}
+    weaker = engine.weaker
+    return {
+        "model": _summary(spec),
+        **weights.record(),
+        "network": record_lib.plain(spec),
+        "precision": config_lib.compute_dtype(experiment.config.model.dtype).name,
+        **fields,
+        "sampler": tables.spell(samplers.SAMPLERS, settings.sampler),
+        "sampler_options": fields["sampler"],
+        "sampler_kind": "SDE" if settings.sampler.stochastic else "ODE",
+        **record_lib.guidance_record(guidance),
+        "guidance": guidance.build(weaker).record(),
+        "weak_model": None if weaker is None else record_lib.weights_hash(weaker.params),
+        "weak_network": None if weaker is None else _network_of(weaker),
+        "labels": str(labels),
+        "label_rule": record_lib.plain(labels),
+        "seed": seed,
+        **to_images.record(),
+        # Rows of the tables may come from these.
+        "imports": {os.path.basename(f): record_lib.file_hash(f)[:16] for f in tables.IMPORTED},
+    }
+
+
+def _summary(spec: Spec) -> str:
+    """A network in a few words, of the sizes that its spec has."""
+    sizes = "x".join(str(getattr(spec, k)) for k in ("depth", "width") if hasattr(spec, k))
+    patch = f"/{spec.patch_size}" if hasattr(spec, "patch_size") else ""
+    heads = ", ".join(map(str, spec.auxiliary_depths)) or None
+    return f"{spec.family} {sizes}{patch}, auxiliary head after {heads}"
+
+
+def _network_of(weaker: Weaker) -> Any:
+    network = merge(weaker.graph, weaker.params)
+    return record_lib.plain(network.spec)
+
+
 def draw_into(
     folder: PictureFolder,
     engine: Engine,
@@ -82,12 +174,8 @@ def draw_into(
     count = len(labels)
     todo = np.ones(count, bool)
     todo[[i for i in folder.done() if i < count]] = False
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        todo = np.asarray(multihost_utils.broadcast_one_to_all(todo))
-    missing = np.flatnonzero(todo)
-    where = f" at {protocol.describe_guidance(protocol.guidance_record(options))}"
+    missing = np.flatnonzero(hosts.gather(todo)[0])
+    where = f" at {record_lib.describe(options)}"
     guidance = options.build(engine.weaker)
     with (
         console.progress_bar(count, "sampling", count - len(missing)) as advance,
@@ -101,6 +189,33 @@ def draw_into(
     return len(missing)
 
 
+def _finish(
+    folder: PictureFolder,
+    directory: epath.Path,
+    labels: np.ndarray,
+    names: Sequence[str],
+    record: dict[str, Any],
+) -> None:
+    """Writes what lies beside the pictures of a complete folder."""
+    count = len(labels)
+    first = np.stack([folder.read(i) for i in range(min(count, 100))])
+    hashes: list[bytes] = []
+
+    def images() -> Iterator[np.ndarray]:
+        for i in range(count):
+            image = folder.read(i)
+            hashes.append(record_lib.picture_hash(image))
+            yield image
+
+    write_npz(directory / "samples.npz", images(), count, first.shape[1:])
+    pairs = enumerate(zip(labels, names, strict=True))
+    lines = (f"{i:06d} {label} {name}" for i, (label, name) in pairs)
+    (directory / "labels.txt").write_text("\n".join(lines) + "\n")
+    digest = record_lib.pictures_hash(hashes)
+    record_lib.save_sampling(directory / "protocol.json", record, count, digest)
+    pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
+
+
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
 
@@ -110,52 +225,27 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     `which` checkpoint is "last", "best" or a step. Raises `InputError` if there is none.
     """
     experiment = Experiment.from_config(config)
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.step(which)
+    step = find_step(workdir, which)
     source = experiment.open_facts(workdir, step)
-    indices = np.arange(config.sampler.num_samples)
-    labels = labels_for(config, indices, source.class_names)
+    rule = label_rule(config, source.class_names)
     to_images = make_to_images(experiment, source)
-    params = checkpoints.weights(experiment.abstract_params(), step, config.sampler.ema)
-    checkpoints.close()
+    weights = open_weights(experiment, workdir, step)
     engine = make_engine(experiment)
-    options = config_lib.guidance(config)
-    record = protocol.sampling_record(
-        config,
-        options,
-        step=step,
-        weights=protocol.weights_hash(params),
-        ema=config.sampler.ema,
-        weak=None if engine.weaker is None else protocol.weights_hash(engine.weaker.params),
-    )
+    options, seed = config_lib.guidance(config), config.seed
+    record = sampling_record(experiment, engine, options, weights, rule, seed, to_images)
+    indices = np.arange(config.sampler.num_samples)
+    labels = rule(indices)
     directory = resolve(workdir) / "samples" / folder_name(record)
     folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)
-    _meet("samples folder")
-    drawn = draw_into(folder, engine, params, options, config.seed, labels, to_images)
-    _meet("samples drawn")
+    hosts.meet("samples folder")
+    drawn = draw_into(folder, engine, weights.params, options, seed, labels, to_images)
+    hosts.meet("samples drawn")
     if is_primary():
-        first = np.stack([folder.read(i) for i in indices[:100]])
-        images = (folder.read(i) for i in indices)
-        write_npz(directory / "samples.npz", images, len(indices), first.shape[1:])
-        names = [source.class_names[i] if config.model.num_classes else "" for i in labels]
-        lines = (
-            f"{i:06d} {label} {name}"
-            for i, (label, name) in enumerate(zip(labels, names, strict=True))
-        )
-        (directory / "labels.txt").write_text("\n".join(lines) + "\n")
-        protocol.save_sampling(directory / "protocol.json", record, len(indices))
-        pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
+        names = [source.class_names[i] if rule.num_classes else "" for i in labels]
+        _finish(folder, directory, labels, names, record)
     return (
         f"{len(indices)} samples of step {step} ({drawn} drawn now): "
         f"{directory}/samples.png, samples.npz and images/"
     )
-
-
-def _meet(name: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)

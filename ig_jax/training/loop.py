@@ -37,6 +37,7 @@ from ig_jax.models.trunk import TrunkSpec, add_heads
 from ig_jax.parallel import sharding
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import resolve
+from ig_jax.record import Weights
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import choose_labels
 from ig_jax.sampling.run import make_engine
@@ -293,10 +294,15 @@ class Trainer:
         self._check_workdir()
         open_batches(config, self.source, self.mesh, None)  # that they can be read; starts nothing
         self.evaluation = None
-        if config.evaluation.every:
-            from ig_jax.evaluation import evaluate
+        if config.evaluation.at_end:
+            from ig_jax.evaluation import run as evaluation
 
-            self.evaluation = evaluate.TrainingEvaluation(
+            # What is needed at the end is looked for at the start.
+            evaluation.check(self.experiment, self.source)
+        if config.evaluation.every:
+            from ig_jax.evaluation import run as evaluation
+
+            self.evaluation = evaluation.TrainingEvaluation(
                 self.experiment, self.source, workdir, self.engine
             )
 
@@ -577,10 +583,11 @@ def run(config: ConfigDict, workdir: str) -> str:
         )
     steps = f"trained {trainer.step} steps"
     if config.evaluation.at_end:
-        from ig_jax.evaluation import evaluate
+        from ig_jax.evaluation import run as evaluation
 
-        last_line = evaluate.at_end(
-            trainer.experiment, trainer.ema, trainer.source, workdir, trainer.step, trainer.engine
+        weights = Weights(trainer.ema, trainer.step, True, config.train.ema_decay)
+        last_line = evaluation.at_end(
+            trainer.experiment, weights, trainer.source, workdir, trainer.engine
         )
         grid = trainer.sample_scales(config.evaluation.ig_scales or (1.0, config.guidance.ig_scale))
         return f"{steps}; {last_line}; the same noise at each: {grid}"

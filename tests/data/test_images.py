@@ -10,7 +10,7 @@ from PIL import Image
 from ig_jax import pictures
 from ig_jax.data import images
 from ig_jax.errors import InputError
-from ig_jax.evaluation import sets
+from ig_jax.evaluation import images as image_sets
 from ig_jax.experiment import Experiment
 from ig_jax.sampling.folder import PictureFolder
 from tests.common import tiny_config
@@ -166,7 +166,7 @@ def in_training(folder):
 
 
 def in_evaluation(folder):
-    return len(sets.open_images(folder).files)
+    return len(image_sets.open_images(folder).files)
 
 
 def in_sampling(folder):

@@ -69,5 +69,6 @@ def save_checkpoint(experiment: Experiment, params: Params, workdir: pathlib.Pat
     raw = jax.tree.map(lambda p: 0.5 * p, params)
     state = TrainState(jnp.int32(STEP), raw, params, {"count": jnp.int32(STEP)})
     checkpoints = Checkpoints(str(workdir))
-    checkpoints.save(state, STEP, experiment.config, {})
+    facts = experiment.open_data().facts()
+    checkpoints.save(state, STEP, experiment.config, {}, source=facts)
     checkpoints.close()

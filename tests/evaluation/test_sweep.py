@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import json
 import shutil
 
@@ -12,11 +13,15 @@ import pytest
 
 from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
-from ig_jax.evaluation import evaluate, metrics, sweep
-from ig_jax.evaluation.features import DigitsExtractor, digits_images
+from ig_jax.evaluation import metrics, race, sweep
+from ig_jax.evaluation import run as evaluation
+from ig_jax.evaluation.extractors import DigitsExtractor, digits_images
+from ig_jax.evaluation.metrics import METRICS, Metric
+from ig_jax.evaluation.race import Round
 from ig_jax.evaluation.statistics import gaussian_statistics
-from ig_jax.evaluation.sweep import Round
 from ig_jax.experiment import Experiment
+from ig_jax.record import Weights
+from ig_jax.sampling.run import open_weights
 from tests.evaluation.common import STEP, save_checkpoint, tiny_config, tiny_params
 
 FILES = ("best.json", "sweep.csv", "sweep.json")
@@ -61,8 +66,8 @@ class TestPlan:
     def test_fits_the_budget(self, settings, num_samples, batch_size):
         share = 0.3 if settings > 15 else 1.6
         budget = int(share * settings * num_samples)
-        rounds = sweep.plan_rounds(settings, num_samples, budget, batch_size)
-        assert sweep.cost(rounds, num_samples) <= budget
+        rounds = race.plan_rounds(settings, num_samples, budget, batch_size)
+        assert race.cost(rounds, num_samples) <= budget
         assert rounds[0].settings == settings
         assert rounds[-1].settings == 2 or len(rounds) == 1
         assert rounds[-1].samples == num_samples
@@ -71,28 +76,28 @@ class TestPlan:
             assert a.samples % batch_size == 0 or a.samples == num_samples
 
     def test_cost_counts_every_sample_once(self):
-        assert sweep.cost([Round(10, 100), Round(2, 300)], 50) == 10 * 100 + 2 * 200 + 50
+        assert race.cost([Round(10, 100), Round(2, 300)], 50) == 10 * 100 + 2 * 200 + 50
 
     def test_more_budget_begins_with_more_samples(self):
-        small, large = (sweep.plan_rounds(20, 4096, b, 256) for b in (25_000, 60_000))
+        small, large = (race.plan_rounds(20, 4096, b, 256) for b in (25_000, 60_000))
         assert large[0].samples > small[0].samples
 
     def test_a_large_budget_makes_it_the_full_grid(self):
-        assert sweep.plan_rounds(22, 2048, 23 * 2048, 256) == [Round(22, 2048)]
+        assert race.plan_rounds(22, 2048, 23 * 2048, 256) == [Round(22, 2048)]
 
     def test_small_grids_need_no_budget(self):
         """Three settings cannot do with 30 % of their grid; nobody who named no budget is told."""
-        rounds = sweep.plan_rounds(3, 1024, 0, 256)
+        rounds = race.plan_rounds(3, 1024, 0, 256)
         assert rounds == [Round(3, 256), Round(2, 1024)]
-        assert sweep.plan_rounds(1, 1024, 0, 256) == [Round(1, 1024)]
+        assert race.plan_rounds(1, 1024, 0, 256) == [Round(1, 1024)]
 
     def test_thirty_percent_without_a_budget(self):
-        rounds = sweep.plan_rounds(22, 2048, 0, 256)
-        assert rounds == sweep.plan_rounds(22, 2048, int(0.3 * 22 * 2048), 256)
+        rounds = race.plan_rounds(22, 2048, 0, 256)
+        assert rounds == race.plan_rounds(22, 2048, int(0.3 * 22 * 2048), 256)
 
     def test_impossible(self):
         with pytest.raises(InputError, match=r"budget is 100 samples.*at least \d+"):
-            sweep.plan_rounds(20, 1024, 100, 64)
+            race.plan_rounds(20, 1024, 100, 64)
 
 
 class TestRace:
@@ -107,7 +112,7 @@ class TestRace:
             # A bias by the number of samples, the same for all, as a Fréchet distance has.
             return {metric: sign * ((guidance.ig_scale - 1.72) ** 2 + 100 / count)}
 
-        return sweep.race(self.SETTINGS, self.ROUNDS, measure, metric), asked
+        return race.race(self.SETTINGS, self.ROUNDS, measure, metric), asked
 
     @pytest.mark.parametrize("sign, metric", [(1, "fid"), (-1, "inception_score")])
     def test_finds_the_best(self, sign, metric):
@@ -147,15 +152,15 @@ class TestOnDistances:
         return measure
 
     def test_as_good_as_the_full_grid_for_thirty_percent(self, distance):
-        rounds = sweep.plan_rounds(len(self.SETTINGS), 2048, 0, 256)
-        assert sweep.cost(rounds, 2048) <= 0.3 * len(self.SETTINGS) * 2048
+        rounds = race.plan_rounds(len(self.SETTINGS), 2048, 0, 256)
+        assert race.cost(rounds, 2048) <= 0.3 * len(self.SETTINGS) * 2048
         regrets = []
         for seed in range(6):
 
             def measure(guidance, count, seed=seed):
                 return {"fid": distance(guidance, count, seed)}
 
-            winner = sweep.race(self.SETTINGS, rounds, measure, "fid")[0].guidance
+            winner = race.race(self.SETTINGS, rounds, measure, "fid")[0].guidance
             grid = {guidance: distance(guidance, 2048, 100 + seed) for guidance in self.SETTINGS}
             best = min(grid.values())
             assert np.median(list(grid.values())) > 1.5 * best  # there is something to find
@@ -189,15 +194,15 @@ def finished(experiment, trained):
 def count_draws(monkeypatch, stop_after=None):
     """Records every draw of samples; optionally raises once there were `stop_after`."""
     drawn = []
-    original = evaluate.Evaluator.sample_features
+    original = evaluation.Evaluator.sample_features
 
-    def counted(self, params, guidance, indices, *rest):
+    def counted(self, params, guidance, indices, *rest, **options):
         if len(drawn) == stop_after:
             raise Stop
         drawn.append((guidance, indices))
-        return original(self, params, guidance, indices, *rest)
+        return original(self, params, guidance, indices, *rest, **options)
 
-    monkeypatch.setattr(evaluate.Evaluator, "sample_features", counted)
+    monkeypatch.setattr(evaluation.Evaluator, "sample_features", counted)
     return drawn
 
 
@@ -228,7 +233,7 @@ class TestSearch:
         config.evaluation.update(num_samples=256, ig_scales=(best.ig_scale,))
         config.guidance.update(ig_interval=best.ig_interval)
         again = Experiment.from_config(config)
-        (result,) = evaluate.evaluate(again, tiny_params(again), again.open_data())
+        (result,) = evaluation.evaluate(again, Weights(tiny_params(again)), again.open_data())
         assert result.metrics["fid"] == pytest.approx(table[0]["fid"], rel=1e-6)
         assert table[0]["fid"] <= table[1]["fid"]
 
@@ -271,18 +276,18 @@ class TestSearch:
         assert len(folders) == 3 and search.draws._folder.exists()
 
     def search(self, experiment, workdir, scale=1.0):
-        params, step = evaluate.load_weights(experiment, workdir)
-        params = {**params, "position": params["position"] * scale}
-        return sweep.Search(experiment, params, step, str(workdir))
+        weights = open_weights(experiment, workdir)
+        params = {**weights.params, "position": weights.params["position"] * scale}
+        weights = dataclasses.replace(weights, params=params)
+        return sweep.Search(experiment, weights, str(workdir))
 
-    def test_one_program_for_all_scales_of_an_interval(self, experiment, trained, tmp_path):
-        """Seven settings with two intervals, several rounds: two programs."""
-        params, step = evaluate.load_weights(experiment, trained)
-        search = sweep.Search(experiment, params, step, str(tmp_path))
+    def test_one_program_for_all_scales_and_intervals(self, experiment, trained, tmp_path):
+        """Seven settings with two intervals, several rounds: the same forward passes throughout."""
+        search = sweep.Search(experiment, open_weights(experiment, trained), str(tmp_path))
         search.race()
-        intervals = {setting.ig_interval for setting in search.settings}
         assert len(search.settings) == 7
-        assert search.evaluator.engine._draw._cache_size() == len(intervals) == 2
+        assert len({setting.ig_interval for setting in search.settings}) == 2
+        assert search.evaluator.engine._draw._cache_size() == 1
 
     def test_uncertainty_of_other_metrics(self, experiment, trained):
         config = copy.deepcopy(experiment.config)
@@ -294,6 +299,27 @@ class TestSearch:
         expected = np.sqrt(accuracy * (1 - accuracy) / count)
         assert expected / 2 < found[0].standard_error < expected * 2
         assert sum(u.wins for u in found) == pytest.approx(1)
+
+    def test_a_metric_from_outside_decides(self, finished, experiment, monkeypatch):
+        """A row of the table is all that it takes; it sees the pictures if it says so."""
+        brightness = Metric(
+            "brightness",
+            lambda samples, reference, labels: samples.rows["images"].mean(),
+            needs=("images",),
+            rows=("images",),
+            better=1,
+        )
+        monkeypatch.setitem(METRICS, "brightness", brightness)
+        workdir, _ = finished
+        config = copy.deepcopy(experiment.config)
+        config.sweep.update(metric="brightness", num_samples=64, budget=0)
+        search = self.search(Experiment.from_config(config), workdir)
+        entries = search.race()
+        values = [entry.values[-1]["brightness"] for entry in entries]
+        assert values[0] == max(values) > 0
+        assert set(entries[0].values[-1]) == {"fid", "label_accuracy", "brightness"}
+        fresh = search.fresh(entries[0].guidance)
+        assert "brightness" in fresh.metrics and "brightness" in sweep.report.line(fresh)
 
     def test_first_round_below_the_number_of_features_is_noted(self, experiment, trained):
         config = copy.deepcopy(experiment.config)
@@ -344,7 +370,12 @@ class TestBadInput:
             (dict(ig_intervals=(0.0, 1.0, 0.3)), "config.sweep.ig_intervals.*expected pairs"),
             (dict(cfg_intervals=(0.7, 0.3)), "config.sweep.cfg_intervals.*low <= high"),
             (dict(ig_scales=()), "config.sweep.ig_scales is empty"),
-            (dict(metric="inception_score"), "it needs Inception features"),
+            (
+                dict(metric="inception_score"),
+                "it needs probabilities; digits-mlp gives pool, ",
+            ),
+            (dict(metric="sfid"), "it needs spatial, the reference's spatial; digits-mlp gives"),
+            (dict(num_samples=3, budget=0), "num_samples is 3: expected at least 4 for precision"),
             (dict(budget=10), "config.sweep.budget is 10"),
         ],
     )

@@ -7,7 +7,7 @@ import pytest
 from clu import metric_writers
 
 from ig_jax.errors import InputError
-from ig_jax.evaluation import evaluate
+from ig_jax.evaluation import run as evaluation
 from ig_jax.training import loop
 from ig_jax.training import metrics as metrics_lib
 from tests.common import tiny_config
@@ -92,7 +92,9 @@ def test_a_continued_run_records_what_it_does_and_not_what_was_asked(
     written, tmp_path, monkeypatch, caplog
 ):
     evaluated = []
-    monkeypatch.setattr(evaluate, "at_end", lambda *given: evaluated.append(given[4]) or "scored")
+    monkeypatch.setattr(
+        evaluation, "at_end", lambda *given: evaluated.append(given[1].step) or "scored"
+    )
     monkeypatch.setattr(loop.Trainer, "sample_scales", lambda *_: "grid.png")
     config = tiny_config(num_steps=2, validate_every=0)
     config.evaluation.at_end = True

@@ -11,10 +11,11 @@ import sys
 import jax
 import numpy as np
 import pytest
+from sklearn.neural_network import MLPClassifier
 
 from ig_jax.convert.inception import inception_params
 from ig_jax.errors import InputError
-from ig_jax.evaluation import features, metrics
+from ig_jax.evaluation import extractors, metrics
 from ig_jax.evaluation.statistics import gaussian_statistics
 from ig_jax.models.pixels import to_uint8
 from ig_jax.storage import weight_files
@@ -29,8 +30,8 @@ def weights() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def inception(weights) -> features.InceptionExtractor:
-    return features.InceptionExtractor(inception_params(weights, "seeded"), "ab", batch_size=2)
+def inception(weights) -> extractors.InceptionExtractor:
+    return extractors.InceptionExtractor(inception_params(weights, "seeded"), "ab", batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def five_images() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def digits() -> features.DigitsExtractor:
-    return features.DigitsExtractor()
+def digits() -> extractors.DigitsExtractor:
+    return extractors.DigitsExtractor()
 
 
 class TestInception:
@@ -71,7 +72,7 @@ import sys
 import jax, numpy as np
 from ig_jax.storage import weight_files
 from ig_jax.convert.inception import inception_params
-from ig_jax.evaluation.features import InceptionExtractor
+from ig_jax.evaluation.extractors import InceptionExtractor
 folder = sys.argv[1]
 assert jax.device_count() == 8
 mesh = jax.make_mesh((4, 2), ("data", "model"))
@@ -96,7 +97,7 @@ np.savez(f"{folder}/found.npz", pool=found.pool, spatial=found.spatial)
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(InputError, match="download https://github.com/mseitzer/pytorch-fid"):
-            features.InceptionExtractor.from_file(tmp_path / "no.pth")
+            extractors.InceptionExtractor.from_file(tmp_path / "no.pth")
 
     @pytest.mark.parametrize(
         "images, message",
@@ -117,25 +118,25 @@ class TestDigits:
         assert digits.accuracy >= 0.97
 
     def test_shapes_and_probabilities(self, digits):
-        images, labels = features.digits_images()
+        images, labels = extractors.digits_images()
         found = digits(images)
         assert images.shape == (1797, 8, 8, 1) and labels.shape == (1797,)
         assert found.pool.shape == (1797, digits.width) and found.pool.dtype == np.float32
         assert found.spatial is None and digits.spatial_width is None
-        np.testing.assert_allclose(found.probabilities.sum(1), 1, atol=1e-5)
-        np.testing.assert_array_equal(digits.classify(images), found.probabilities.argmax(1))
+        np.testing.assert_allclose(found.readings.sum(1), 1, atol=1e-5)
+        np.testing.assert_array_equal(digits.classify(images), found.readings.argmax(1))
         assert np.mean(digits.classify(images) == labels) > 0.98
 
     def test_seed_decides_everything(self, digits):
-        assert features.DigitsExtractor().fingerprint == digits.fingerprint
-        assert features.DigitsExtractor(seed=1).fingerprint != digits.fingerprint
+        assert extractors.DigitsExtractor().fingerprint == digits.fingerprint
+        assert extractors.DigitsExtractor(seed=1).fingerprint != digits.fingerprint
 
     def test_quantisation_does_not_hurt(self, digits):
         """Quantising moves the distance by far less than the distance between halves of the data.
 
         The reference reads the unquantised pixels by the classifier's own weights.
         """
-        images, _ = features.digits_images()
+        images, _ = extractors.digits_images()
         pixels = images.astype(np.float64) / 255
         noisy = np.clip(pixels + np.random.default_rng(0).normal(0, 0.1, pixels.shape), 0, 1)
         exact = noisy.reshape(len(noisy), -1) @ digits._weights[0] + digits._biases[0]
@@ -150,7 +151,7 @@ class TestDigits:
         assert abs(quantised - unquantised) < 0.01 * halves
 
     def test_distance_and_recall_see_a_missing_class(self, digits):
-        images, labels = features.digits_images()
+        images, labels = extractors.digits_images()
         real, seven = digits(images[::2]).pool, digits(images[1::2])
         whole = metrics.frechet_distance(gaussian_statistics(real), gaussian_statistics(seven.pool))
         kept = seven.pool[labels[1::2] != 7]
@@ -158,6 +159,16 @@ class TestDigits:
         assert missing > 2 * whole
         full_recall = metrics.precision_recall(real, seven.pool).recall
         assert metrics.precision_recall(real, kept).recall < full_recall - 0.05
+
+    def test_ctrl_c_ends_its_training(self, monkeypatch):
+        """scikit-learn would warn, and return a classifier that is half trained."""
+
+        def interrupted(*_):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(MLPClassifier, "_backprop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            extractors.DigitsExtractor()
 
     def test_other_images_are_refused(self, digits):
         with pytest.raises(InputError, match="dtype float64, expected uint8"):

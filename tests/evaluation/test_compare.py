@@ -1,27 +1,42 @@
-"""The protocol record: hashes, the one line, and what `compare` says."""
+"""Results in one line, and what `compare` says of two."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from ig_jax.config import default_config
 from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
-from ig_jax.evaluation import protocol
-from ig_jax.evaluation.protocol import Result
+from ig_jax.evaluation import compare as compare_lib
+from ig_jax.evaluation import report
+from ig_jax.evaluation.report import Result
+from ig_jax.experiment import Experiment, ToImages
+from ig_jax.record import SAMPLING_FIELDS, Weights
+from ig_jax.sampling.labels import label_rule
+from ig_jax.sampling.run import make_engine, sampling_record
 
 
-def record(guidance: GuidanceOptions, **fields) -> dict:
+@functools.cache
+def xl(sampler: tuple) -> tuple:
     config = default_config("sit", "xl")
-    drawn = protocol.sampling_record(
-        config, guidance, step=400_000, weights="ab" * 8, ema=True, weak=None
-    )
+    config.sampler.update(dict(sampler))
+    experiment = Experiment.from_config(config)
+    return experiment, make_engine(experiment), label_rule(config, ())
+
+
+WEIGHTS = Weights({}, 400_000, True, 0.9999)
+# As if loaded.
+WEIGHTS.__dict__["hash"] = "ab" * 8
+
+
+def record(guidance: GuidanceOptions, changes: dict | None = None, **fields) -> dict:
+    experiment, engine, rule = xl(tuple((changes or {}).items()))
+    to_images = ToImages(np.zeros(1), np.full(1, 5.5), "sd-vae-ft-ema", None, "float32")
+    drawn = sampling_record(experiment, engine, guidance, WEIGHTS, rule, 0, to_images)
     scoring = {
         "num_samples": 50_000,
         "samples": "drawn for this score",
@@ -51,8 +66,8 @@ def result(guidance=BEST, fid=1.46, **fields) -> Result:
 def compare(tmp_path):
     def run(a, b):
         for name, results in (("a", a), ("b", b)):
-            protocol.save(tmp_path / f"{name}.json", results)
-        return protocol.compare(tmp_path / "a.json", tmp_path / "b.json")
+            report.save(tmp_path / f"{name}.json", results)
+        return compare_lib.compare(tmp_path / "a.json", tmp_path / "b.json")
 
     return run
 
@@ -60,35 +75,22 @@ def compare(tmp_path):
 class TestRecord:
     def test_every_field_has_a_note_or_is_a_circumstance(self):
         """So that `compare` never names a field without saying what it does."""
-        known = {*protocol._NOTES, *protocol._CIRCUMSTANCES}
-        assert set(record(GuidanceOptions())) == known
+        known = {*compare_lib.NOTES, *compare_lib.CIRCUMSTANCES}
+        older = {"tolerances"}
+        assert set(record(GuidanceOptions())) | older == known
 
     def test_sampling_fields(self):
-        assert set(protocol.SAMPLING_FIELDS) < set(record(GuidanceOptions()))
+        assert set(SAMPLING_FIELDS) < set(record(GuidanceOptions()))
         found = record(GuidanceOptions(1.4, (0.3, 1.0)))
         assert (found["sampler"], found["sampler_kind"]) == ("euler_maruyama", "SDE")
         assert found["ig_interval"] == [0.3, 1.0] and found["cfg_interval"] is None
-        config = default_config("sit", "b")
-        config.sampler.update(name="dopri5", rtol=1e-4)
-        adaptive = protocol.sampling_record(
-            config, GuidanceOptions(), step=1, weights="", ema=False, weak=None
-        )
-        assert adaptive["num_steps"] is None and adaptive["tolerances"] == [1e-4, 1e-6]
-        assert adaptive["weights"] == "raw"
-
-    def test_autoencoder_is_hashed(self, tmp_path):
-        config = default_config("sit", "b")
-        config.data.autoencoder_path = str(tmp_path / "vae.pt")
-        with pytest.raises(InputError, match="vae.pt: no such file"):
-            protocol.sampling_record(config, GuidanceOptions(), step=1, weights="", ema=True)
-        (tmp_path / "vae.pt").write_bytes(b"abc")
-        found = protocol.sampling_record(config, GuidanceOptions(), step=1, weights="", ema=True)
-        # SHA-256 of "abc", FIPS 180-2.
-        assert found["autoencoder_hash"].startswith("ba7816bf8f01cfea")
-        assert found["autoencoder"] == "sd-vae-ft-ema"
+        adaptive = record(GuidanceOptions(), changes=dict(name="dopri5", rtol=1e-4))
+        assert adaptive["num_steps"] is None and adaptive["time_shift"] is None
+        assert adaptive["sampler_options"]["rtol"] == 1e-4
+        assert "dopri5(rtol=0.0001) (ODE); IG 1" in report.line(Result({}, adaptive))
 
     def test_line(self):
-        line = protocol.line(result())
+        line = report.line(result())
         assert "\n" not in line
         for words in (
             "FID 1.46, sFID 4.79 | 50,000 samples at 256x256",
@@ -104,44 +106,11 @@ class TestRecord:
             assert words in line
 
     def test_only_inceptions_distance_is_called_fid(self):
-        assert protocol.line(result(features="digits-mlp")).startswith("Fréchet distance 1.46")
+        assert report.line(result(features="digits-mlp")).startswith("Fréchet distance 1.46")
 
     def test_save_and_load(self, tmp_path):
-        protocol.save(tmp_path / "x.json", [result()])
-        assert protocol.load(tmp_path / "x.json") == [result()]
-
-
-class TestWeightsHash:
-    @pytest.fixture(scope="class")
-    def params(self):
-        generator = np.random.default_rng(0)
-        return {
-            "a": {"kernel": generator.standard_normal((16, 24)).astype(np.float32)},
-            "b": generator.standard_normal((8,)).astype(np.float32),
-            "step": np.int32(3),
-        }
-
-    def test_sharding_does_not_matter(self, params):
-        mesh = jax.make_mesh((4, 2), ("x", "y"))
-        whole = protocol.weights_hash(params)
-        for spec in (PartitionSpec(), PartitionSpec("x", "y"), PartitionSpec(None, ("x", "y"))):
-            kernel = jax.device_put(params["a"]["kernel"], NamedSharding(mesh, spec))
-            assert protocol.weights_hash({**params, "a": {"kernel": kernel}}) == whole
-
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda p: {**p, "b": np.nextafter(p["b"], 9)},
-            lambda p: {**p, "b": p["b"][::-1]},
-            lambda p: {**p, "b": p["b"].reshape(2, 4)},
-            lambda p: {**p, "b": p["b"].astype(jnp.bfloat16)},
-            lambda p: {**p, "a": {"kernel": p["a"]["kernel"].T}},
-            lambda p: {"a": p["a"], "c": p["b"], "step": p["step"]},
-            lambda p: {**p, "step": np.int32(4)},
-        ],
-    )
-    def test_everything_else_does(self, params, change):
-        assert protocol.weights_hash(change(params)) != protocol.weights_hash(params)
+        report.save(tmp_path / "x.json", [result()])
+        assert report.load(tmp_path / "x.json") == [result()]
 
 
 class TestCompare:
@@ -153,7 +122,7 @@ class TestCompare:
     def test_names_what_differs_with_a_note(self, compare):
         other = result(labels="balanced", sampler="heun", sampler_kind="ODE", num_samples=10_000)
         text = compare([result()], [other])
-        assert "protocol fields that differ (4):" in text
+        assert "protocol fields that differ (3):" in text
         assert "labels: random | balanced" in text and "1.19 random, 1.07 balanced" in text
         assert "sampler: euler_maruyama | heun" in text and "SDE and ODE" in text
         assert "num_samples: 50000 | 10000" in text and "biased upwards" in text
@@ -164,7 +133,7 @@ class TestCompare:
         assert "The protocols are the same" in text and "(device: TPU v4 | cpu)" in text
 
     def test_unknown(self, compare):
-        unknown = dict.fromkeys(protocol.SAMPLING_FIELDS)
+        unknown = dict.fromkeys(SAMPLING_FIELDS)
         other = Result({"fid": 1.5}, record(GuidanceOptions()) | unknown)
         text = compare([result()], [other])
         assert "seed: 0 | none (unknown on one side)" in text
@@ -185,8 +154,8 @@ class TestCompare:
 
     @pytest.mark.parametrize("content", [None, "not json", "[]", '{"results": []}', "{}"])
     def test_not_a_result(self, tmp_path, content):
-        protocol.save(tmp_path / "a.json", [result()])
+        report.save(tmp_path / "a.json", [result()])
         if content is not None:
             (tmp_path / "b.json").write_text(content)
         with pytest.raises(InputError, match=r"b\.json: (no such file|not a result)"):
-            protocol.compare(tmp_path / "a.json", tmp_path / "b.json")
+            compare_lib.compare(tmp_path / "a.json", tmp_path / "b.json")

@@ -1,0 +1,317 @@
+"""`--mode=evaluate`: samples of a model, or pictures on disk, scored against a reference.
+
+Settings are compared on the same noise and labels; every score is stored with its record.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax import console
+from ig_jax import record as record_lib
+from ig_jax.data.source import DataSource
+from ig_jax.diffusion.guidance import GuidanceOptions
+from ig_jax.errors import NotFiniteError
+from ig_jax.evaluation import features, report, scoring
+from ig_jax.evaluation import images as images_lib
+from ig_jax.evaluation.features import FeatureSet
+from ig_jax.evaluation.report import Result
+from ig_jax.evaluation.scoring import Opened, Scorer
+from ig_jax.experiment import Experiment, ToImages, make_to_images
+from ig_jax.models.functional import Params
+from ig_jax.parallel import hosts
+from ig_jax.record import Weights
+from ig_jax.sampling.engine import Engine
+from ig_jax.sampling.labels import LabelRule, label_rule
+from ig_jax.sampling.run import make_engine, open_weights, sampling_record
+from ig_jax.storage import files
+from ig_jax.storage.checkpoints import find_step
+
+log = logging.getLogger("ig_jax")
+
+# How long a sample set is: config field → number of samples.
+_NUM_SAMPLES = "evaluation.num_samples"
+_TRAIN_SAMPLES = "evaluation.train_samples"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Draws samples of one model's experiment and scores them.
+
+    Attributes:
+        experiment: the config and its parts.
+        scorer: what the samples are scored with.
+        engine: the compiled sampler.
+        to_images: from model space to uint8 pictures.
+    """
+
+    experiment: Experiment
+    scorer: Scorer
+    engine: Engine
+    to_images: ToImages
+
+    @classmethod
+    def create(
+        cls,
+        experiment: Experiment,
+        source: DataSource,
+        counts: Mapping[str, int],
+        workdir: epath.PathLike | None = None,
+        engine: Engine | None = None,
+    ) -> Evaluator:
+        """Builds the parts that a config describes; nothing is compiled for sampling yet.
+
+        Args:
+            experiment: the config and its parts.
+            source: its data set; of facts alone if the config names a reference.
+            counts: config field → how many samples it will ask for.
+            workdir: reference statistics are cached in its folder `evaluation`, if given.
+            engine: a sampler to share, which saves its compilation.
+
+        Raises:
+            InputError: missing or unfitting Inception weights, reference file or resolution; too
+                few samples for a metric.
+        """
+        to_images = make_to_images(experiment, source)
+        opened = scoring.open_for_samples(experiment, source, counts, workdir)
+        engine = engine or make_engine(experiment)
+        return cls(experiment, opened.scorer(), engine, to_images)
+
+    def sample_features(
+        self,
+        params: Params,
+        guidance: GuidanceOptions,
+        indices: np.ndarray,
+        labels: np.ndarray,
+        seed: int,
+        advance: console.Advance = lambda count=1, text="": None,
+        rows: Collection[str] | None = None,
+    ) -> FeatureSet:
+        """Features of the samples with these indices and labels, (N,) each.
+
+        `rows` are kept picture by picture: by default those that the metrics read. Raises
+        `NotFiniteError`, on every process, if the model's samples are not finite.
+        """
+        where = f" at {record_lib.describe(guidance)}"
+        rows = self.scorer.rows if rows is None else rows
+        accumulator = features.FeatureAccumulator(self.scorer.extractor, rows)
+        terms = guidance.build(self.engine.weaker)
+        for positions, x in self.engine.batches(params, terms, seed, indices, labels):
+            problem = None
+            try:
+                if len(positions) > 0:
+                    accumulator.add(positions, self.to_images(x, indices[positions], where))
+            except NotFiniteError as error:
+                problem = error
+            # Agreed on, since a process that stopped alone would leave the others waiting.
+            if hosts.anywhere(problem is not None):
+                raise problem or NotFiniteError(f"another process: pictures{where} are not finite")
+            advance(len(positions) * jax.process_count())
+        return accumulator.finish(len(indices))
+
+    def record(
+        self, guidance: GuidanceOptions, weights: Weights, labels: LabelRule, seed: int
+    ) -> dict[str, Any]:
+        """The record of samples drawn so."""
+        return sampling_record(
+            self.experiment, self.engine, guidance, weights, labels, seed, self.to_images
+        )
+
+
+def guidances(config: ConfigDict) -> list[GuidanceOptions]:
+    """The settings to score: the config's guidance at each of `evaluation.ig_scales`, if any."""
+    scales = config.evaluation.ig_scales or (config.guidance.ig_scale,)
+    return [config_lib.guidance(config, ig_scale=float(scale)) for scale in scales]
+
+
+def evaluate(
+    experiment: Experiment,
+    weights: Weights,
+    source: DataSource,
+    *,
+    workdir: epath.PathLike | None = None,
+    engine: Engine | None = None,
+) -> list[Result]:
+    """Scores a model at each setting that the config lists, on the same noise and labels.
+
+    Args:
+        experiment: the config and its parts.
+        weights: the network's parameters, on the mesh, and what is known of them.
+        source: the data set.
+        workdir: where reference statistics are cached; nothing else is written.
+        engine: a sampler to share, which saves its compilation.
+
+    Returns:
+        A result for each of `guidances(config)`, the same on every process.
+
+    Raises:
+        InputError: before anything is compiled, unless samples turn out not to be finite.
+    """
+    config, settings = experiment.config, guidances(experiment.config)
+    config_lib.check_guidance(config, settings)
+    rule, seed = label_rule(config, source.class_names), config.seed
+    indices = np.arange(config.evaluation.num_samples)
+    counts = {_NUM_SAMPLES: len(indices)}
+    evaluator = Evaluator.create(experiment, source, counts, workdir, engine)
+    labels, scorer = rule(indices), evaluator.scorer
+    results = []
+    with console.progress_bar(len(settings) * len(indices), "evaluating") as advance:
+        for guidance in settings:
+            found = evaluator.sample_features(
+                weights.params, guidance, indices, labels, seed, advance
+            )
+            drawn = evaluator.record(guidance, weights, rule, seed)
+            scores, notes = scorer.score(found, labels)
+            results.append(Result(scores, scorer.record(found, drawn), notes))
+    return results
+
+
+def evaluate_files(
+    experiment: Experiment, source: DataSource | None, workdir: epath.PathLike
+) -> Result:
+    """Scores the pictures that `config.evaluation.samples` names.
+
+    The data set is needed only where the config names no reference. The record has what is known of
+    the pictures' sampling (`--mode=sample` leaves it beside them, with a hash of the pictures that
+    it is of), and else None.
+    """
+    images = images_lib.open_images(experiment.config.evaluation.samples)
+    facts = images_lib.stored_facts(images.path, images.shape[0])
+    opened = scoring.open_scorer(experiment, source, workdir)
+    opened.check_count(images.shape[0], f"the number of pictures in {images.path}")
+    opened.check_resolution(images.shape[1:3])
+    scorer = opened.scorer()
+    found = features.extract(
+        images_lib.share(images), images.shape[0], scorer.extractor, "sample features", scorer.rows
+    )
+    facts, notes = facts.of(found.digest)
+    scores, more = scorer.score(found, facts.labels)
+    record = scorer.record(found, facts.record) | {"samples": str(images.path)}
+    return Result(scores, record, (*notes, *more))
+
+
+def check(experiment: Experiment, source: DataSource) -> Opened:
+    """Checks before training what `evaluate` will need when it is over.
+
+    Args:
+        experiment: the config and its parts.
+        source: the data set.
+
+    Raises:
+        InputError: as `evaluate`, but for samples that are not finite.
+    """
+    config = experiment.config
+    config_lib.check_guidance(config, guidances(config))
+    label_rule(config, source.class_names)
+    counts = {_NUM_SAMPLES: config.evaluation.num_samples}
+    make_to_images(experiment, source)  # a missing autoencoder shows now
+    return scoring.open_for_samples(experiment, source, counts)
+
+
+class TrainingEvaluation:
+    """Scores during training: `evaluation.train_samples` samples at the config's own guidance.
+
+    Args:
+        experiment: the config and its parts.
+        source: its data set.
+        workdir: where reference statistics are cached.
+        engine: the loop's sampler.
+
+    Attributes:
+        score_name: of its FID, the same for two that may be compared: "fid-" and a hash of the
+            record.
+
+    Raises:
+        InputError: for a missing or unfitting file, at the start of the run.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        source: DataSource,
+        workdir: epath.PathLike,
+        engine: Engine | None = None,
+    ):
+        config = experiment.config
+        self._guidance, self._seed = config_lib.guidance(config), config.seed
+        self._rule = label_rule(config, source.class_names)
+        self._indices = np.arange(config.evaluation.train_samples)
+        counts = {_TRAIN_SAMPLES: len(self._indices)}
+        self._evaluator = Evaluator.create(experiment, source, counts, workdir, engine)
+        self._noted = False
+        self.score_name = f"fid-{self._record_hash()}"
+
+    def _record_hash(self) -> str:
+        """A short hash of what its scores depend on besides the weights."""
+        scorer = self._evaluator.scorer
+        any_weights = Weights({})
+        record = self._evaluator.record(self._guidance, any_weights, self._rule, self._seed)
+        record |= {
+            "num_samples": len(self._indices),
+            "features_hash": scorer.extractor.fingerprint,
+            "reference_hash": scorer.reference.metadata["hash"],
+        }
+        return files.json_digest(record)[:8]
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """Returns the scores of (EMA) parameters by name, "fid" among them, on every process.
+
+        There are none, but a warning, where samples are not finite: training may yet mend that.
+        """
+        labels = self._rule(self._indices)
+        try:
+            found = self._evaluator.sample_features(
+                params, self._guidance, self._indices, labels, self._seed
+            )
+        except NotFiniteError as error:
+            log.warning("no evaluation during training: %s", error)
+            return {}
+        scores, notes = self._evaluator.scorer.score(found, labels)
+        if notes and not self._noted:
+            log.warning("evaluation during training: %s", "; ".join(notes))
+            self._noted = True
+        return scores
+
+
+def at_end(
+    experiment: Experiment,
+    weights: Weights,
+    source: DataSource,
+    workdir: epath.PathLike,
+    engine: Engine | None = None,
+) -> str:
+    """Evaluates freshly trained weights, prints and stores the scores, and says where."""
+    results = evaluate(experiment, weights, source, workdir=workdir, engine=engine)
+    return report.report(results, workdir)
+
+
+def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
+    """`--mode=evaluate`: scores a workdir's checkpoint, or `config.evaluation.samples`.
+
+    Writes results into `workdir/evaluation` and nothing else. `which` checkpoint is "last", "best"
+    or a step. Returns the last line to print; raises `InputError`.
+    """
+    experiment = Experiment.from_config(config)
+    if config.evaluation.samples:
+        source = None if config.evaluation.reference else experiment.open_data()
+        return report.report([evaluate_files(experiment, source, workdir)], workdir)
+    step = find_step(workdir, which)
+    weights = open_weights(experiment, workdir, step)
+    source = open_source(experiment, workdir, step)
+    return report.report(evaluate(experiment, weights, source, workdir=workdir), workdir)
+
+
+def open_source(experiment: Experiment, workdir: str, step: int | str = "last") -> DataSource:
+    """The data set, or its facts alone where a reference makes the pictures unnecessary."""
+    if experiment.config.evaluation.reference:
+        return experiment.open_facts(workdir, step)
+    return experiment.open_data()
