@@ -262,7 +262,12 @@ def _help(topic: str) -> str:
     """What `--help=config.guidance` prints; raises `InputError` for an unknown section."""
     from ig_jax import config as config_lib
 
-    return config_lib.describe(topic, {"config.data.name": extensions.table("data set")})
+    known = {
+        "config.data.name": extensions.table("data set"),
+        "config.evaluation.features": ("auto", *extensions.table("feature extractor")),
+        "config.sweep.metric": extensions.table("metric"),
+    }
+    return config_lib.describe(topic, known)
 
 
 def _parse(argv: list[str]) -> list[str]:

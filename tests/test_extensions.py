@@ -159,7 +159,12 @@ class TestHelp:
         assert "--config.train.batch_size=256\n" in text
         assert "an integer, 1…1048576; stays when a run is resumed" in text
         assert "--config.data.name" not in text
-        assert "digits, latents, folder" in self.printed(capsys, "--help=config.data")
+
+    def test_names_of_tables_in_the_rooms_above(self, capsys):
+        known = {"data": "data set", "evaluation": "feature extractor", "sweep": "metric"}
+        for section, kind in known.items():
+            text = self.printed(capsys, f"--help=config.{section}")
+            assert f"{', '.join(extensions.table(kind))}; " in text
 
     def test_the_whole_config(self, capsys):
         text = self.printed(capsys, "--help=config")
