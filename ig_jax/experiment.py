@@ -26,7 +26,7 @@ from ig_jax.errors import InputError
 from ig_jax.models import autoencoder, families, network
 from ig_jax.models.autoencoder import AUTOENCODERS, Autoencoder
 from ig_jax.models.functional import Params, split
-from ig_jax.models.pixels import Pixels, to_uint8
+from ig_jax.models.pixels import Pixels, to_uint8, unchanged
 from ig_jax.parallel import sharding
 from ig_jax.paths import check_writable
 from ig_jax.storage.autoencoders import autoencoder_from_pytorch, fingerprint
@@ -214,7 +214,7 @@ class ToImages:
     def __call__(
         self, x: np.ndarray, indices: np.ndarray | None = None, where: str = ""
     ) -> np.ndarray:
-        """Maps (N, H, W, C) floats to (N, H', W', C') uint8.
+        """Maps (N, H, W, C) floats to (N, H', W', C') uint8; vectors (N, D) stay floats.
 
         Raises `NotFiniteError` for samples that are not finite, which the line names by their
         `indices` (N,) and `where` they come from, as `models.pixels.Pixels.checked` does.
@@ -230,7 +230,9 @@ class ToImages:
 def make_to_images(experiment: Experiment, source: DataSource) -> ToImages:
     """Returns the function from model space to pictures: to pixels, or through the decoder."""
     if source.autoencoder is None:
-        return ToImages(source.shift, source.scale)
+        is_vector = len(experiment.sample_shape) == 1
+        to_pixels = unchanged if is_vector else to_uint8
+        return ToImages(source.shift, source.scale, to_pixels=to_pixels)
     data, decode = experiment.config.data, experiment.decode
     return ToImages(
         source.shift,

@@ -106,13 +106,16 @@ def printable(name: str) -> str:
 def labelled_grid(
     images: np.ndarray, titles: Sequence[str], columns: int | None = None
 ) -> Image.Image:
-    """Arranges pictures in rows with a title under each.
+    """Arranges pictures in rows with a title under each; vectors are points, a colour a title.
 
     Args:
-        images: (N, H, W, C) uint8, C of 1 or 3. Small ones are enlarged without smoothing.
+        images: (N, H, W, C) uint8, C of 1 or 3. Small ones are enlarged without smoothing. Or
+            vectors (N, D ≥ 2) floats, of which the first two components are shown.
         titles: N short texts.
         columns: pictures in a row; about √N if None.
     """
+    if images.ndim == 2:
+        return _scatter(images, titles)
     count, height, width, _ = images.shape
     columns = columns or max(1, round(count**0.5))
     zoom = max(1, -(-_MIN_SIDE // height))
@@ -129,6 +132,21 @@ def labelled_grid(
         middle = (left + width * zoom / 2, top + height * zoom + 1)
         draw.text(middle, _fit(title, font, cell[0] - gap), "black", font, anchor="ma")
     return canvas
+
+
+def _scatter(points: np.ndarray, titles: Sequence[str]) -> Image.Image:
+    """A plot of points (N, D ≥ 2), those of one title in one colour."""
+    figure = make_figure(5, 5)
+    axes = figure.subplots()
+    names = np.asarray(titles)
+    for name in dict.fromkeys(titles):
+        axes.scatter(*points[names == name, :2].T, s=4, linewidths=0, label=name or None)
+    axes.set_aspect("equal")
+    if any(titles):
+        axes.legend(markerscale=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100)
+    return Image.open(buffer)
 
 
 def from_array(image: np.ndarray) -> Image.Image:

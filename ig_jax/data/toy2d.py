@@ -122,6 +122,13 @@ def tree() -> Tree:
     )
 
 
+@functools.cache
+def outlier_density() -> float:
+    """The density that 1 % of the data lie below: where it is lower, a sample is an outlier."""
+    points, _ = tree().sample(1 << 14, _SEED + 1)
+    return float(np.quantile(tree().density(points), 0.01))
+
+
 def open_toy2d(num_validation: int = 1024, flip: bool = False) -> DataSource:
     """Opens 65,536 points of the tree, the same ones always.
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax.convert import inception as convert
+from ig_jax.data import toy2d
 from ig_jax.errors import InputError
 from ig_jax.models import functional, inception
 from ig_jax.models.pixels import to_uint8
@@ -35,12 +36,14 @@ class Features:
         spatial: (N, width of the spatial map), for sFID; None if the extractor has none.
         probabilities: (N, classes) of Inception's classes, for the Inception Score; or None.
         readings: (N, classes) probabilities of the data set's own classes; or None.
+        joint: (N, branches) densities p(x, branch) of a distribution that is known; or None.
     """
 
     pool: np.ndarray
     spatial: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     readings: np.ndarray | None = None
+    joint: np.ndarray | None = None
 
 
 class FeatureExtractor(Protocol):
@@ -64,7 +67,7 @@ class FeatureExtractor(Protocol):
     fingerprint: str
 
     def __call__(self, images: np.ndarray) -> Features:
-        """Maps (N, H, W, C) uint8 images to their features.
+        """Maps (N, H, W, C) uint8 images, or (N, D) float32 vectors, to their features.
 
         Raises:
             InputError: if dtype or shape are not what the extractor reads.
@@ -184,6 +187,28 @@ class DigitsExtractor:
         return self(images).readings.argmax(1).astype(np.int32)
 
 
+class TreeExtractor:
+    """Points of the plane as they are, and what the true distribution of the toy says of them."""
+
+    name = "toy2d"
+    gives = ("pool", "readings", "joint")
+    width = 2
+    spatial_width = None
+    resize = "none"
+
+    def __init__(self):
+        self._tree = toy2d.tree()
+        self.fingerprint = digest(self._tree.weights, self._tree.means, self._tree.covariances)
+
+    def __call__(self, images: np.ndarray) -> Features:
+        """Maps (N, 2) float32 points to themselves, their classes and densities."""
+        if images.ndim != 2 or images.shape[1] != self.width:
+            raise InputError(f"points: shape {images.shape}, expected (N, 2) for {self.name}")
+        joint = self._tree.joint(images)
+        readings = self._tree.by_class(joint)
+        return Features(images, readings=np.float32(readings), joint=np.float32(joint))
+
+
 def _open_inception(evaluation: ConfigDict, mesh: jax.sharding.Mesh) -> InceptionExtractor:
     if not evaluation.inception_path:
         raise InputError(
@@ -203,6 +228,7 @@ def _digits_extractor() -> DigitsExtractor:
 # Name in `config.evaluation.features` → `open(config.evaluation, mesh)`.
 EXTRACTORS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], FeatureExtractor]] = {
     "digits": lambda evaluation, mesh: _digits_extractor(),
+    "toy2d": lambda evaluation, mesh: TreeExtractor(),
     "inception": _open_inception,
 }
 
@@ -215,7 +241,7 @@ def check_name(config: ConfigDict) -> str:
     """
     name = config.evaluation.features
     if name == "auto":
-        return "digits" if config.data.name == "digits" else "inception"
+        return config.data.name if config.data.name in ("digits", "toy2d") else "inception"
     config_lib.check_choice(config, "evaluation.features", ("auto", *EXTRACTORS))
     return name
 

@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
+from ig_jax.data import toy2d
 from ig_jax.errors import InputError
 from ig_jax.evaluation.features import FeatureSet
 from ig_jax.evaluation.statistics import GaussianStatistics, ReferenceStatistics
@@ -260,6 +261,17 @@ def label_accuracy(readings: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean(readings.argmax(1) == labels))
 
 
+def outlier_rate(joint: np.ndarray) -> float:
+    """Share of points, by (N, branches) densities p(x, branch), beyond `toy2d.outlier_density`."""
+    return float(np.mean(joint.sum(1) < toy2d.outlier_density()))
+
+
+def coverage(joint: np.ndarray) -> float:
+    """Share of the tree's branches that a point reaches that is no outlier; grows with N."""
+    reached = joint[joint.sum(1) >= toy2d.outlier_density()].argmax(1)
+    return len(np.unique(reached)) / joint.shape[1]
+
+
 def _precision_recall(samples: FeatureSet, reference: ReferenceStatistics) -> PrecisionRecall:
     key = ("precision_recall", id(reference))
     if key not in samples.memo:
@@ -319,6 +331,23 @@ METRICS: dict[str, Metric] = {
         needs=("readings",),
         rows=("readings",),
         labels=True,
+        better=1,
+        format=".1%",
+        unit=_SHARE,
+    ),
+    "outlier_rate": Metric(
+        "outliers",
+        lambda samples, reference, labels: outlier_rate(samples.rows["joint"]),
+        needs=("joint",),
+        rows=("joint",),
+        format=".1%",
+        unit=_SHARE,
+    ),
+    "coverage": Metric(
+        "branches reached",
+        lambda samples, reference, labels: coverage(samples.rows["joint"]),
+        needs=("joint",),
+        rows=("joint",),
         better=1,
         format=".1%",
         unit=_SHARE,

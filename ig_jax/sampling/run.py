@@ -28,6 +28,7 @@ from ig_jax.paths import resolve
 from ig_jax.sampling.engine import Engine, Settings
 from ig_jax.sampling.folder import PictureFolder, folder_name, write_npz
 from ig_jax.sampling.labels import LabelRule, label_rule
+from ig_jax.storage import files
 from ig_jax.storage.checkpoints import (
     Checkpoints,
     find_step,
@@ -208,12 +209,38 @@ def _finish(
             yield image
 
     write_npz(directory / "samples.npz", images(), count, first.shape[1:])
+    pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
+    _write_facts(directory, labels, names, record, hashes)
+
+
+def _finish_vectors(
+    x: np.ndarray,
+    directory: epath.Path,
+    labels: np.ndarray,
+    names: Sequence[str],
+    record: dict[str, Any],
+) -> None:
+    """Writes vectors (N, D), as they are no pictures: `arr_0`, and a plot in place of the grid."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with files.write_atomically(directory / "samples.npz") as partial, partial.open("wb") as file:
+        np.savez(file, x)
+    pictures.save_image(directory / "samples.png", pictures.labelled_grid(x, names))
+    _write_facts(directory, labels, names, record, [record_lib.picture_hash(v) for v in x])
+
+
+def _write_facts(
+    directory: epath.Path,
+    labels: np.ndarray,
+    names: Sequence[str],
+    record: dict[str, Any],
+    hashes: Sequence[bytes],
+) -> None:
+    """Writes the labels and the record of samples with these hashes."""
     pairs = enumerate(zip(labels, names, strict=True))
     lines = (f"{i:06d} {label} {name}" for i, (label, name) in pairs)
     (directory / "labels.txt").write_text("\n".join(lines) + "\n")
     digest = record_lib.pictures_hash(hashes)
-    record_lib.save_sampling(directory / "protocol.json", record, count, digest)
-    pictures.save_image(directory / "samples.png", pictures.labelled_grid(first, names[:100]))
+    record_lib.save_sampling(directory / "protocol.json", record, len(labels), digest)
 
 
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
@@ -222,6 +249,7 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     A folder named after what fixes the pictures gets numbered PNGs in `images`, `samples.npz`
     (`arr_0`, uint8 (N, H, W, C), as evaluators expect), `labels.txt`, `protocol.json` and a grid
     of the first 100, `samples.png`. Started again after a stop it draws only what is missing.
+    Vectors are few bytes: they get `samples.npz` (float32 (N, D)) and a plot, and no files each.
     `which` checkpoint is "last", "best" or a step. Raises `InputError` if there is none.
     """
     experiment = Experiment.from_config(config)
@@ -235,7 +263,14 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     record = sampling_record(experiment, engine, options, weights, rule, seed, to_images)
     indices = np.arange(config.sampler.num_samples)
     labels = rule(indices)
+    names = [source.class_names[i] if rule.num_classes else "" for i in labels]
     directory = resolve(workdir) / "samples" / folder_name(record)
+    if len(experiment.sample_shape) == 1:
+        x = engine.draw(weights.params, options.build(engine.weaker), seed, indices, labels)
+        points = to_images(x, indices, f" at {record_lib.describe(options)}")
+        if is_primary():
+            _finish_vectors(points, directory, labels, names, record)
+        return f"{len(indices)} samples of step {step}: {directory}/samples.png and samples.npz"
     folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)
@@ -243,7 +278,6 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     drawn = draw_into(folder, engine, weights.params, options, seed, labels, to_images)
     hosts.meet("samples drawn")
     if is_primary():
-        names = [source.class_names[i] if rule.num_classes else "" for i in labels]
         _finish(folder, directory, labels, names, record)
     return (
         f"{len(indices)} samples of step {step} ({drawn} drawn now): "
