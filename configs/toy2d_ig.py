@@ -16,7 +16,7 @@ def get_config():
         ema_decay=0.99,
         log_every=100,
         validate_every=1000,
-        sample_every=0,
+        sample_every=1000,
         checkpoint_every=1000,
     )
     config.guidance.ig_scale = 2.0

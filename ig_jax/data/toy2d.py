@@ -22,7 +22,7 @@ BRANCHES = len(CLASSES) * (2**LEVELS - 1)
 _TREE_SEED = 2
 # Of the distribution, not of a run: every run sees the same points.
 _SEED = 0
-_POINTS = 1 << 16
+_POINTS = 1 << 15
 _ORIGIN = np.array([0.0030, 0.0325])
 _SCALE = np.array([1.3136, 1.3844])
 _ALONG = np.linspace(0.07, 0.93, 8)
@@ -130,10 +130,10 @@ def outlier_density() -> float:
 
 
 def open_toy2d(num_validation: int = 1024, flip: bool = False) -> DataSource:
-    """Opens 65,536 points of the tree, the same ones always.
+    """Opens 32,768 points of the tree, the same ones always.
 
     Args:
-        num_validation: number of held-out points, below 65,536.
+        num_validation: number of held-out points, below 32,768.
         flip: refused: a mirrored tree is another one.
 
     Returns:

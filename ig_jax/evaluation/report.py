@@ -50,8 +50,8 @@ def line(result: Result) -> str:
     else:
         parts += _sampling_parts(p)
     reference = f"reference {p['reference']} ({_short(p['reference_hash'])})"
-    parts += [reference, f"{p['features']}, resize: {p['resize']}"]
-    parts.append("uint8" if p["uint8"] else "float32")
+    values = "uint8" if p["uint8"] else "float32"
+    parts += [reference, f"{p['features']}, resize: {p['resize']}, {values}"]
     parts.append(", ".join(f"{name} {version}" for name, version in p["versions"].items()))
     return f"{scores} | {'; '.join(parts)}"
 

@@ -96,12 +96,12 @@ def test_the_data_set_is_the_same_always():
     source = DATA_SETS["toy2d"](DataOptions(num_validation=1000), (2,), 2)
     again = toy2d.open_toy2d(1000)
     assert (source.shape, source.num_classes, source.class_names) == ((2,), 2, ("A", "B"))
-    assert len(source.train) + len(source.validation) == 65_536 and len(source.validation) == 1000
+    assert len(source.train) + len(source.validation) == 32_768 and len(source.validation) == 1000
     for index in (0, 17):
         example, same = source.train[index], again.train[index]
         assert example["x"].shape == (2,) and example["label"].dtype == np.int32
         np.testing.assert_array_equal(example["x"], same["x"])
-    with pytest.raises(InputError, match="num_validation is 65536: expected 0…65535"):
-        toy2d.open_toy2d(65_536)
+    with pytest.raises(InputError, match="num_validation is 32768: expected 0…32767"):
+        toy2d.open_toy2d(32_768)
     with pytest.raises(InputError, match="config.data.flip is True: expected False"):
         toy2d.open_toy2d(flip=True)

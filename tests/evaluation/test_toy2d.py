@@ -1,0 +1,81 @@
+"""Points instead of pictures, all the way: training, its plots, sampling and evaluation."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ig_jax.config import default_config
+from ig_jax.data import toy2d
+from ig_jax.errors import InputError
+from ig_jax.evaluation import extractors, metrics, run
+from ig_jax.pictures import read_image
+from ig_jax.sampling import run as sampling
+from ig_jax.training import loop
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config of few steps, and the workdir that it was trained in."""
+    config = default_config("mlp", "s")
+    config.model.update(width=16, depth=2, auxiliary_depth=1, channels=2, num_classes=2)
+    config.data.update(name="toy2d", num_validation=512, autoencoder="")
+    config.optimizer.learning_rate = 3e-3
+    config.train.update(batch_size=64, num_steps=8, ema_decay=0.9, log_every=4)
+    config.train.update(validate_every=8, sample_every=8, checkpoint_every=4)
+    config.sampler.update(name="heun", num_steps=3, num_samples=64, batch_size=64)
+    config.evaluation.update(num_samples=64, ig_scales=(0.0, 1.0))
+    workdir = tmp_path_factory.mktemp("toy")
+    loop.train(config, str(workdir))
+    return config, workdir
+
+
+def test_a_training_plots_its_points(trained):
+    picture = read_image(trained[1] / "samples" / "step_0000008.png")
+    assert picture.ndim == 3 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
+
+
+def test_samples_are_points_in_one_file(trained):
+    config, workdir = trained
+    assert sampling.run(config, str(workdir)).startswith("64 samples of step 8: ")
+    (folder,) = (path.parent for path in workdir.glob("samples/*/protocol.json"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("labels.txt", "protocol.json", "samples.npz", "samples.png")
+    ]
+    with np.load(folder / "samples.npz") as file:
+        points = file["arr_0"]
+    assert points.shape == (64, 2) and points.dtype == np.float32 and np.isfinite(points).all()
+    labels = [line.split()[1:] for line in (folder / "labels.txt").read_text().splitlines()]
+    assert {tuple(pair) for pair in labels} == {("0", "A"), ("1", "B")}
+
+
+def test_evaluation_reads_the_true_distribution(trained, capsys):
+    config, workdir = trained
+    run.run(config, str(workdir))
+    (file,) = (workdir / "evaluation").glob("step_*.json")
+    results = json.loads(file.read_text())["results"]
+    assert len(results) == 2
+    for result in results:
+        assert {"fid", "label_accuracy", "outlier_rate", "coverage"} <= set(result["metrics"])
+        assert result["protocol"]["features"] == "toy2d" and not result["protocol"]["uint8"]
+        assert result["protocol"]["resolution"] == "2" and "float32" in result["line"]
+        assert result["metrics"]["outlier_rate"] > 0.3  # after eight steps
+    assert "outliers" in capsys.readouterr().out
+
+
+def test_outliers_and_coverage_of_the_data_themselves():
+    points, labels = toy2d.tree().sample(8000, seed=7)
+    found = extractors.TreeExtractor()(points)
+    np.testing.assert_array_equal(found.pool, points)
+    assert metrics.outlier_rate(found.joint) == pytest.approx(0.01, abs=0.005)
+    assert metrics.coverage(found.joint) > 0.95
+    assert metrics.label_accuracy(found.readings, labels) > 0.99
+    # Far away is an outlier that covers nothing; half a branch's length of noise makes many.
+    away = extractors.TreeExtractor()(np.full((5, 2), 9, np.float32))
+    assert metrics.outlier_rate(away.joint) == 1 and metrics.coverage(away.joint) == 0
+    noise = np.float32(0.05 * np.random.default_rng(0).normal(size=points.shape))
+    assert metrics.outlier_rate(extractors.TreeExtractor()(points + noise).joint) > 0.2
+    one = extractors.TreeExtractor()(np.repeat(points[:1], 50, axis=0))
+    assert metrics.coverage(one.joint) == pytest.approx(1 / 254)
+    with pytest.raises(InputError, match=r"points: shape \(3, 3\), expected \(N, 2\)"):
+        extractors.TreeExtractor()(np.zeros((3, 3), np.float32))
