@@ -1,17 +1,49 @@
-"""The exceptions that users meet: `InputError`, and a kind of it for numbers that ran away.
+"""The exceptions that users meet, and the exit codes of the command line.
 
 Everything a person can get wrong (a field, a file, a shape) is raised as `InputError` with one line
-that says what was found and what was expected; `ig_jax.main` prints that line without a traceback.
+that says what was found and what was expected; `ig_jax.main` prints that line without a traceback
+and ends with the exception's exit code.
 """
 
+import enum
 from collections.abc import Collection, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
 
 
+class Exit(enum.IntEnum):
+    """How a command ended, for shells and launchers; `EXIT_CODES` says it in words.
+
+    `launch/tpu.sh` and `launch/slurm.sh` know these numbers too.
+    """
+
+    COMPLETE = 0
+    ERROR = 1
+    BAD_INPUT = 2
+    NOT_FINITE = 3
+    PEER_LOST = 4
+    # EX_TEMPFAIL of BSD's sysexits.h, "try again later": no shell, signal or Python uses it.
+    STOPPED = 75
+    # What shells report of a program that Ctrl-C ended.
+    INTERRUPTED = 130
+
+
+EXIT_CODES = {
+    Exit.COMPLETE: "complete: nothing is left to do",
+    Exit.ERROR: "an error of the program or the machine, with a traceback",
+    Exit.BAD_INPUT: "bad input: one line names the field, file or flag",
+    Exit.NOT_FINITE: "a loss or samples that are not finite: the same command would end so again",
+    Exit.PEER_LOST: "another process of the run ended unexpectedly: its output says why",
+    Exit.STOPPED: "training was asked to stop, a checkpoint is saved: the same command continues",
+    Exit.INTERRUPTED: "Ctrl-C outside training: what is written stays",
+}
+
+
 class InputError(ValueError):
     """Bad input: a config field, flag, file or array that is not what it should be."""
+
+    exit_code = Exit.BAD_INPUT
 
 
 class UnknownNameError(InputError):
@@ -20,6 +52,14 @@ class UnknownNameError(InputError):
 
 class NotFiniteError(InputError):
     """NaN or infinite values where a network or a sampler should have given numbers."""
+
+    exit_code = Exit.NOT_FINITE
+
+
+class Stopped(Exception):
+    """Work was asked to stop (SIGTERM, Ctrl-C) after it had saved what the same command needs."""
+
+    exit_code = Exit.STOPPED
 
 
 def suggest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:

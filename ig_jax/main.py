@@ -16,7 +16,7 @@ from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from ig_jax import extensions  # noqa: E402
-from ig_jax.errors import InputError, suggest  # noqa: E402
+from ig_jax.errors import EXIT_CODES, Exit, InputError, Stopped, suggest  # noqa: E402
 from ig_jax.paths import check_workdir  # noqa: E402
 
 START = """\
@@ -27,6 +27,19 @@ How to start
       draws from the trained model; any --config.field=value overrides what the checkpoint says
   python -m ig_jax.main --help
       lists the modes and flags
+"""
+
+FLAGS = """\
+Flags
+  --config=FILE       experiment; without it, the workdir's checkpoint's own
+  --config.a.b=value  overrides a field; --help=config lists the sections, and
+                      --help=config.guidance the fields of one
+  --workdir=DIR       checkpoints, logs and results (local or gs://)
+  --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its number (last if
+                      left out)
+  --import=FILE       a file of yours that adds guidance rules, samplers, networks, …
+  --guidance=best     sample or evaluate with what --mode=sweep found
+  --compare A B       with --mode=evaluate: how the protocols of two results differ
 """
 
 
@@ -162,14 +175,14 @@ def define_config(argv: list[str]) -> None:
         config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
 
 
-def _run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> Exit:
     if _COMPARE.value is not None:
         if len(argv) != 2:
             raise InputError("--compare expects two result files: --compare a.json b.json")
         from ig_jax.evaluation import compare
 
         print(compare.compare(_COMPARE.value, argv[1]))
-        return
+        return Exit.COMPLETE
     if len(argv) > 1:
         raise InputError(f"unexpected argument {argv[1]!r}: options look like --mode=sample")
     mode = _MODE.value
@@ -178,11 +191,18 @@ def _run(argv: list[str]) -> None:
         raise InputError(
             f"--mode is {mode!r}: expected one of {', '.join(known)}{suggest(mode, known)}"
         )
-    run_mode(mode, flags.FLAGS["config"].value)
+    return run_mode(mode, flags.FLAGS["config"].value)
 
 
-def run_mode(mode: str, config: ConfigDict) -> None:
-    """Checks what can be checked before the processes of a run meet, and runs the mode."""
+def run_mode(mode: str, config: ConfigDict) -> Exit:
+    """Checks what can be checked before the processes of a run meet, and runs the mode.
+
+    Returns:
+        How it ended: complete, or stopped so that the same command continues.
+
+    Raises:
+        InputError: what was checked beforehand; later it ends this process and the run's others.
+    """
     from ig_jax import config as config_lib
     from ig_jax.parallel import processes
 
@@ -203,11 +223,20 @@ def run_mode(mode: str, config: ConfigDict) -> None:
     processes.initialize(config_lib.to_json(config))
     try:
         last_line = MODES[mode][1](config, workdir, **arguments)
+    except Stopped as stop:
+        # All processes come here together, so each may leave as it would when complete.
+        if processes.is_primary():
+            print(f"ig_jax: {stop}", file=sys.stderr)
+        return stop.exit_code
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
-        processes.abandon(2)
+        processes.abandon(error.exit_code)
+    except KeyboardInterrupt:
+        print("ig_jax: interrupted", file=sys.stderr)
+        processes.abandon(Exit.INTERRUPTED)
     if processes.is_primary():
         print(last_line)
+    return Exit.COMPLETE
 
 
 def _workdir(mode: str) -> str | None:
@@ -238,24 +267,27 @@ def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (2 for bad input, named in one line)."""
+    """Runs the command line; returns the exit code, or exits with it (see `errors.Exit`)."""
     console.forgive_output()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) == 1:
         print(START, end="")
-        return 0
+        return Exit.COMPLETE
     try:
         if topics := [a.removeprefix("--help=") for a in argv if a.startswith("--help=")]:
             extensions.load(_arguments(argv, "import"))
             print(_help(topics[-1]))
-            return 0
+            return Exit.COMPLETE
         if _HELP_FLAGS.isdisjoint(argv) and _argument(argv, "compare") is None:
             define_config(argv)
         app.run(_run, argv, flags_parser=_parse)
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ig_jax: interrupted", file=sys.stderr)
+        return Exit.INTERRUPTED
+    return Exit.COMPLETE
 
 
 def _help(topic: str) -> str:
@@ -273,24 +305,13 @@ def _help(topic: str) -> str:
 def _parse(argv: list[str]) -> list[str]:
     """Parses flags; what ml_collections and absl complain about becomes one clear line."""
     if not _HELP_FLAGS.isdisjoint(argv):
-        print(START)
-        print("Modes (--mode=…)")
+        print(f"{START}\nModes (--mode=…)")
         for name, (line, _) in MODES.items():
             print(f"  {name:10} {line}")
-        print(
-            "\nFlags\n  --config=FILE       experiment; without it, the workdir's checkpoint's own"
-        )
-        print("  --config.a.b=value  overrides a field; --help=config lists the sections, and")
-        print("                      --help=config.guidance the fields of one")
-        print("  --workdir=DIR       checkpoints, logs and results (local or gs://)")
-        print("  --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its")
-        print("                      number (last if left out)")
-        print(
-            "  --import=FILE       a file of yours that adds guidance rules, samplers, networks, …"
-        )
-        print("  --guidance=best     sample or evaluate with what --mode=sweep found")
-        print("  --compare A B       with --mode=evaluate: how the protocols of two results differ")
-        raise SystemExit(0)
+        print(f"\n{FLAGS}\nExit codes")
+        for code, meaning in EXIT_CODES.items():
+            print(f"  {code:3}  {meaning}")
+        raise SystemExit(Exit.COMPLETE)
     with _one_line(argv):
         return flags.FLAGS(argv)
 

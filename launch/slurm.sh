@@ -18,7 +18,9 @@ Usage: launch/slurm.sh --nodes=N --gpus-per-node=G [OPTIONS] -- ARGUMENTS OF ig_
 One process drives one GPU: JAX reads SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID, and process i
 of a node takes GPU i of those that the node's job sees, so tasks must not be bound to GPUs. A
 preempted job or one that lost a node is put back in the queue and continues from its last
-checkpoint; if one process dies, all end. The workdir must be a file system that all nodes share.
+checkpoint; if one process dies, all end. Two minutes before its time limit training saves a
+checkpoint, stops with exit code 75, and is put back in the queue as well (ten minutes with
+--sbatch-flag=--signal=TERM@600). The workdir must be a file system that all nodes share.
 
 One machine needs none of this: `python -m ig_jax.main ARGUMENTS` uses all of its GPUs in one
 process (CUDA_VISIBLE_DEVICES restricts them). Nor do nodes without Slurm: give each process
@@ -47,6 +49,12 @@ need_number() {
   [[ -n $2 ]] || fail "$1 is missing"
   [[ $2 =~ ^[1-9][0-9]{0,5}$ ]] || fail "$1=$2: expected a whole number, at least 1"
 }
+
+# In the job's own shell, after srun. Training that was stopped (ig_jax/errors.py) goes on later;
+# `scancel` ends that shell too, so a cancelled job stays cancelled.
+readonly run_stopped=75
+# shellcheck disable=SC2016
+readonly again='code=$?; [ $code != '$run_stopped' ] || scontrol requeue "$SLURM_JOB_ID"; exit $code'
 
 main() {
   local nodes='' gpus='' cpus='' partition='' account='' limit='' job=ig_jax log_dir=.
@@ -88,16 +96,18 @@ main() {
 
   # srun has not inherited --cpus-per-task from sbatch since Slurm 22.05.
   [[ -z $cpus ]] || step=("--cpus-per-task=$cpus")
-  step=(srun --kill-on-bad-exit=1 --gpu-bind=none "${step[@]}" "$python" -u -m ig_jax.main)
+  # A lost process is noticed by the others, which end with codes of their own. srun must not kill
+  # what is still leaving after training stopped, or its code would hide theirs.
+  step=(srun --kill-on-bad-exit=0 --wait=60 --gpu-bind=none "${step[@]}" "$python" -u -m ig_jax.main)
   local batch=(
     sbatch "--job-name=$job" "--nodes=$nodes" "--ntasks-per-node=$gpus" "--gpus-per-node=$gpus"
-    --requeue --open-mode=append "--output=$log_dir/%x-%j.log"
+    --requeue --signal=TERM@120 --open-mode=append "--output=$log_dir/%x-%j.log"
   )
   [[ -z $cpus ]] || batch+=("--cpus-per-task=$cpus")
   [[ -z $partition ]] || batch+=("--partition=$partition")
   [[ -z $account ]] || batch+=("--account=$account")
   [[ -z $limit ]] || batch+=("--time=$limit")
-  batch+=("${flags[@]}" "--wrap=$(quote "${step[@]}" "${arguments[@]}")")
+  batch+=("${flags[@]}" "--wrap=$(quote "${step[@]}" "${arguments[@]}"); $again")
 
   if [[ -n $dry_run ]]; then
     printf '%s\n' "$(quote "${batch[@]}")"

@@ -18,8 +18,10 @@ Usage: launch/tpu.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS OF 
   logs      follow the log of one worker   (--worker, --slice)
   status    state of the TPU, and of the run on every worker
   resume    bring the run back, whatever happened to it: recreate a preempted TPU, wait for
-            it, install, start the same command again. Exits 0 if the run is going on,
-            3 if it has finished, 4 if it had failed by itself and was started again
+            it, install, start the same command again. Exits 0 if the run is going on
+            (started again if it had stopped and saved a checkpoint), 3 if it has finished, 4 if
+            it had failed by itself and was started again, 5 if it had ended for a reason that
+            starting again does not mend (bad input, numbers that are not finite)
   watch     resume, again and again, until the run has finished  (--poll-seconds, --max-restarts)
   stop      end the run on every worker (TERM, after 30 s KILL)
   delete    delete the TPU and everything on its disks
@@ -71,7 +73,9 @@ fi
 
 readonly commands="create queue wait install start logs status resume watch stop delete"
 readonly python_version=3.11
-readonly exit_finished=3 exit_restarted=4
+readonly exit_finished=3 exit_restarted=4 exit_hopeless=5
+# Exit codes of ig_jax.main (ig_jax/errors.py): bad input, not finite, stopped with a checkpoint.
+readonly run_bad_input=2 run_not_finite=3 run_stopped=75
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # Options.
@@ -403,7 +407,7 @@ do_delete() {
 
 do_resume() {
   ((${#arguments[@]})) || fail "nothing to resume: give the arguments of ig_jax.main after --"
-  local state probe runs
+  local state probe runs code
   state=$(tpu_state)
   [[ -z $dry_run ]] || state=SUSPENDED
   case $state in
@@ -413,10 +417,16 @@ do_resume() {
       [[ $runs != 'exit:0 ' ]] || exit "$exit_finished"
       # Some workers may end a little before the others.
       [[ ! $runs =~ running || $runs =~ idle|fresh|exit:[1-9] ]] || return 0
+      for code in "$run_bad_input" "$run_not_finite"; do
+        [[ $runs != *"exit:$code "* ]] ||
+          fail "the run on $name ended with exit code $code, which starting it again would not \
+mend (try: launch/tpu.sh logs, then start)" "$exit_hopeless"
+      done
       do_stop
       [[ $runs != *fresh* ]] || do_install
       do_start
-      [[ $runs != *exit:* ]] || exit "$exit_restarted"
+      runs=${runs/"exit:$run_stopped "/}
+      [[ ${runs/"exit:0 "/} != *exit:* ]] || exit "$exit_restarted"
       return 0
       ;;
     SUSPENDED | FAILED | PREEMPTED | TERMINATED)
@@ -444,6 +454,7 @@ do_watch() { # each look is a process of its own, so that a failed one is tried 
     case $status in
       0) ;;
       2) exit 2 ;;
+      "$exit_hopeless") return 1 ;;
       "$exit_finished") echo "the run on $name has finished" && return 0 ;;
       "$exit_restarted")
         if ((++restarts > max_restarts)); then

@@ -1,8 +1,11 @@
 import inspect
 import json
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from absl import flags
@@ -10,7 +13,7 @@ from absl.testing import flagsaver
 
 from ig_jax import config as config_lib
 from ig_jax import main
-from ig_jax.errors import InputError
+from ig_jax.errors import EXIT_CODES, Exit, InputError, NotFiniteError, Stopped
 from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation import sweep
 from ig_jax.sampling import run as sampling
@@ -36,6 +39,15 @@ def test_help_lists_every_mode():
     assert done.returncode == 0
     for mode, (line, _) in main.MODES.items():
         assert f"  {mode} " in done.stdout and line in done.stdout
+    assert set(EXIT_CODES) == set(Exit)
+    for code, meaning in EXIT_CODES.items():
+        assert f"{int(code):5}  {meaning}\n" in done.stdout
+
+
+def test_the_readme_has_the_table_of_exit_codes():
+    readme = (pathlib.Path(__file__).parent.parent / "README.md").read_text()
+    for code, meaning in EXIT_CODES.items():
+        assert f"| {int(code)} | {meaning} |\n" in readme
 
 
 CONFIG = "--config=configs/digits_ig.py"
@@ -143,7 +155,7 @@ def call(mode, *arguments, **evaluation):
     config = tiny_config()
     config.evaluation.update(evaluation)
     flags.FLAGS(["ig_jax", *arguments])
-    main.run_mode(mode, config)
+    return main.run_mode(mode, config)
 
 
 @pytest.mark.parametrize("mode", ["sample", "evaluate", "sweep"])
@@ -183,6 +195,54 @@ def test_step_and_workdir_that_cannot_be(called, tmp_path, mode, arguments, eval
     with pytest.raises(InputError, match=message.replace("{}", str(tmp_path))):
         call(mode, *arguments, **evaluation)
     assert not called
+
+
+@pytest.mark.parametrize(
+    "error,code,line",
+    [
+        (Stopped("stopped at step 3"), Exit.STOPPED, "ig_jax: stopped at step 3"),
+        (InputError("x is 1"), Exit.BAD_INPUT, "ig_jax: x is 1"),
+        (NotFiniteError("the loss is"), Exit.NOT_FINITE, "ig_jax: the loss is"),
+        (KeyboardInterrupt(), Exit.INTERRUPTED, "ig_jax: interrupted"),
+    ],
+)
+def test_how_a_mode_ends(called, tmp_path, monkeypatch, capsys, error, code, line):
+    def ends(config, workdir):
+        raise error
+
+    monkeypatch.setattr(loop, "run", ends)
+    try:
+        ended = call("train", f"--workdir={tmp_path}")
+    except SystemExit as leaving:
+        ended = leaving.code
+    assert ended == code
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_training_is_no_success(tmp_path, number):
+    """`train && evaluate` does not go on, and the same command does."""
+    (tmp_path / "tiny.py").write_text("from tests.common import tiny_config as get_config\n")
+    checkpoints = tmp_path / "w" / "checkpoints"
+    command = [sys.executable, "-m", "ig_jax.main", f"--config={tmp_path}/tiny.py"]
+    command += [f"--workdir={tmp_path}/w", "--config.train.checkpoint_every=2"]
+    child = subprocess.Popen(
+        [*command, "--config.train.num_steps=1000000"], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        while child.poll() is None and not (checkpoints / "2").exists():
+            time.sleep(0.1)
+        child.send_signal(number)
+        _, stderr = child.communicate()
+    finally:
+        child.kill()
+    assert child.returncode == Exit.STOPPED, stderr
+    last = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdigit())
+    assert f"ig_jax: stopped at step {last}, checkpoint saved; the same command cont" in stderr
+    done = run(*command[3:], f"--config.train.num_steps={last + 1}")
+    assert done.returncode == Exit.COMPLETE, done.stderr
+    assert f"trained {last + 1} steps" in done.stdout
 
 
 TINY = [

@@ -126,7 +126,7 @@ def _to_pytorch(args: argparse.Namespace) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit code (2 for bad input, named in one line)."""
+    """Runs the command line; returns the exit code (see `errors.Exit`)."""
     console.forgive_output()
     try:
         args = _parser().parse_args(argv)
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             last_line = (_into_workdir if args.to_pytorch is None else _to_pytorch)(args)
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
-        return 2
+        return error.exit_code
     for warning in caught:
         if "ig_jax" in warning.filename:
             print(f"ig_jax: {warning.message}", file=sys.stderr)

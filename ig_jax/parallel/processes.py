@@ -25,11 +25,10 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
-from ig_jax.errors import InputError
+from ig_jax.errors import Exit, InputError
 
 # For hosts that vanish without closing their connections.
 HEARTBEAT_TIMEOUT_S = 40
-EXIT_CODE_PEER_LOST = 1
 # JAX aborts the others the moment process 0 is gone, so it lets them speak first.
 _GRACE_S = 0.5
 _VARIABLES = ("IG_JAX_COORDINATOR", "IG_JAX_PROCESS_ID", "IG_JAX_NUM_PROCESSES")
@@ -74,7 +73,7 @@ def initialize(settings: Mapping[str, Any], timeout_s: float = 300.0) -> None:
     A run of several processes is one whose `IG_JAX_COORDINATOR`, `IG_JAX_PROCESS_ID` and
     `IG_JAX_NUM_PROCESSES` say so, or whose cluster does (TPU pod, Slurm, Open MPI 4). Must come
     before the first JAX computation. From then on, if another process dies, this one prints a line
-    and ends with exit code 1, since no collective could ever finish again. (When process 0 is
+    and ends with `Exit.PEER_LOST`, since no collective could ever finish again. (When process 0 is
     killed, JAX's client may abort first, with a message of its own.)
 
     Args:
@@ -319,7 +318,7 @@ def _await_loss(line: socket.socket, peer: str) -> None:
         flush=True,
     )
     sys.stdout.flush()
-    os._exit(EXIT_CODE_PEER_LOST)
+    os._exit(Exit.PEER_LOST)
 
 
 def _leave() -> None:
@@ -327,5 +326,5 @@ def _leave() -> None:
     if getattr(sys, "last_value", None) is not None:
         # The loss of another makes collectives raise; its line is the better explanation.
         time.sleep(2 * _GRACE_S)
-        abandon(EXIT_CODE_PEER_LOST)
+        abandon(Exit.ERROR)
     _ending.set()

@@ -28,7 +28,7 @@ from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
-from ig_jax.errors import InputError, NotFiniteError
+from ig_jax.errors import InputError, NotFiniteError, Stopped
 from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.models import families
 from ig_jax.models.functional import Params, split
@@ -507,13 +507,16 @@ class Trainer:
                         checkpoints.save(state, step, self.config, batches.state, score, facts)
             if stopping and not last:
                 checkpoints.close()
-                raise Stopped(step)
+                raise Stopped(
+                    f"stopped at step {step}, checkpoint saved; the same command continues: "
+                    f"{self.workdir}"
+                )
         return state
 
     def _averages(
         self, totals: metrics_lib.TrainMetrics, checkpoints: Checkpoints
     ) -> dict[str, float]:
-        """Averages since the last report; raises `InputError` if the loss was not finite."""
+        """Averages since the last report; raises `NotFiniteError` if the loss was not finite."""
         values, bad = metrics_lib.report(totals)
         if bad is None:
             return values
@@ -521,7 +524,7 @@ class Trainer:
         if not checkpoints.steps():
             kept = "there is no checkpoint yet"
         checkpoints.close()
-        raise InputError(
+        raise NotFiniteError(
             f"the loss is not finite at step {bad}: training stopped, expected a finite number; "
             f"{kept} (lower config.optimizer.learning_rate, or look at the data)"
         )
@@ -530,14 +533,6 @@ class Trainer:
 def _is_due(every: int, step: int) -> bool:
     """Whether what happens every so many steps (0: never) happens at this one."""
     return every > 0 and step % every == 0
-
-
-class Stopped(Exception):
-    """Training was asked to stop and saved a checkpoint at `step`."""
-
-    def __init__(self, step: int):
-        super().__init__(step)
-        self.step = step
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:
@@ -564,8 +559,8 @@ def train(config: ConfigDict, workdir: str) -> Trainer:
         The trainer, whose `ema` holds the trained weights on the mesh.
 
     Raises:
-        InputError: a config, data set or workdir that does not fit, before anything is written; or
-            a loss that is no longer finite (the last good checkpoint is kept).
+        InputError: a config, data set or workdir that does not fit, before anything is written.
+        NotFiniteError: a loss that is no longer finite (the last good checkpoint is kept).
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
     trainer = Trainer(config, workdir)
@@ -574,13 +569,8 @@ def train(config: ConfigDict, workdir: str) -> Trainer:
 
 
 def run(config: ConfigDict, workdir: str) -> str:
-    """`--mode=train`: trains, and evaluates at the end if the config says so."""
-    try:
-        trainer = train(config, workdir)
-    except Stopped as stop:
-        return (
-            f"stopped at step {stop.step}, checkpoint saved; the same command continues: {workdir}"
-        )
+    """`--mode=train`: trains, and evaluates at the end if the config says so; raises as `train`."""
+    trainer = train(config, workdir)
     steps = f"trained {trainer.step} steps"
     if config.evaluation.at_end:
         from ig_jax.evaluation import run as evaluation

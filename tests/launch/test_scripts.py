@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -17,6 +18,8 @@ import sys
 import time
 
 import pytest
+
+from ig_jax.errors import Exit
 
 ROOT = pathlib.Path(__file__).parents[2]
 TPU, SLURM = ROOT / "launch" / "tpu.sh", ROOT / "launch" / "slurm.sh"
@@ -54,7 +57,7 @@ class Fakes:
         self.folder = folder
         self.bin = folder / "bin"
         self.bin.mkdir()
-        for name in ("gcloud", "sbatch", "srun", "tar", "sleep"):
+        for name in ("gcloud", "sbatch", "srun", "scontrol", "tar", "sleep"):
             program = self.bin / name
             program.write_text(f"#!{sys.executable} -SE\n{STAND_IN}")
             program.chmod(0o755)
@@ -379,6 +382,13 @@ def test_resume_of_what_is_gone(remembered):
         (["exit:0", "exit:0"], [], 3),
         (["exit:1", "exit:1"], ["ssh stop", "ssh start"], 4),
         (["running", "exit:137"], ["ssh stop", "ssh start"], 4),
+        (["exit:75", "exit:75"], ["ssh stop", "ssh start"], 0),
+        (["running", "exit:75"], ["ssh stop", "ssh start"], 0),
+        (["exit:75", "idle"], ["ssh stop", "ssh start"], 0),
+        (["exit:75", "exit:0"], ["ssh stop", "ssh start"], 0),
+        (["exit:75", "exit:1"], ["ssh stop", "ssh start"], 4),
+        (["exit:2", "exit:4"], [], 5),
+        (["exit:3", "exit:3"], [], 5),
         (["idle", "idle"], ["ssh stop", "ssh start"], 0),
         (["fresh", "running"], ["ssh stop", "tar", "scp", "ssh install", "ssh versions"]
          + ["ssh start"], 0),
@@ -412,6 +422,33 @@ def test_watch_lasts_until_the_run_has_finished(remembered):
         *(*RESUME, "sleep"),
         *("describe", "ssh probe"),
     ]
+
+
+def test_watch_starts_a_stopped_run_again_as_often_as_it_stops(remembered):
+    stopped = (state("ACTIVE"), runs("exit:75", "exit:75"))
+    finished = (state("ACTIVE"), runs("exit:0", "exit:0"))
+    remembered.answer(*stopped, *stopped, *finished)
+    done = remembered.tpu("watch", *HERE, "--max-restarts=0")
+    assert done.stdout.splitlines()[-1] == "the run on ig has finished"
+    once = ["describe", "ssh probe", "ssh stop", "ssh start", "sleep"]
+    assert verbs(remembered.calls) == [*once, *once, "describe", "ssh probe"]
+
+
+@pytest.mark.parametrize("code", [Exit.BAD_INPUT, Exit.NOT_FINITE])
+def test_watch_does_not_repeat_what_would_end_so_again(remembered, code):
+    remembered.answer(state("ACTIVE"), runs(f"exit:{code}", f"exit:{Exit.PEER_LOST}"))
+    done = remembered.tpu("watch", *HERE, code=1)
+    assert f"ended with exit code {code}, which starting it again would not mend" in done.stderr
+    assert verbs(remembered.calls) == ["describe", "ssh probe"]
+
+
+def test_launchers_know_the_exit_codes():
+    known = re.compile(r"\brun_(\w+)=(\d+)")
+    for script in (TPU, SLURM):
+        found = dict(known.findall(script.read_text()))
+        assert "stopped" in found
+        for name, code in found.items():
+            assert Exit[name.upper()] == int(code), (script, name)
 
 
 def test_watch_gives_up_on_a_run_that_fails_by_itself(remembered):
@@ -584,16 +621,34 @@ def test_slurm_job(fakes, monkeypatch):
     assert (fakes.folder / "logs dir").is_dir()
     assert call[:-1] == [
         *("sbatch", "--job-name=ig_jax", "--nodes=4", "--ntasks-per-node=8", "--gpus-per-node=8"),
-        *("--requeue", "--open-mode=append", "--output=logs dir/%x-%j.log", "--cpus-per-task=6"),
+        *(
+            "--requeue",
+            "--signal=TERM@120",
+            "--open-mode=append",
+            "--output=logs dir/%x-%j.log",
+            "--cpus-per-task=6",
+        ),
         *("--partition=gpu", "--account=a", "--time=2-00:00:00", "--qos=high"),
     ]
     fakes.answer()
     wrapped = call[-1].removeprefix("--wrap=")
     subprocess.run(["sh", "-c", wrapped], env=fakes.environment(), check=True)
     assert fakes.calls == [
-        ["srun", "--kill-on-bad-exit=1", "--gpu-bind=none", "--cpus-per-task=6"]
+        ["srun", "--kill-on-bad-exit=0", "--wait=60", "--gpu-bind=none", "--cpus-per-task=6"]
         + ["python", "-u", "-m", "ig_jax.main", *RUN[1:]]
     ]
+
+
+@pytest.mark.parametrize("code", [0, Exit.ERROR, Exit.BAD_INPUT, Exit.STOPPED, 137])
+def test_slurm_puts_a_stopped_job_back_in_the_queue(fakes, code):
+    fakes.run(SLURM, "--nodes=1", "--gpus-per-node=2", *RUN)
+    [call] = fakes.calls
+    fakes.answer(("srun", "", "", int(code)))
+    wrapped = call[-1].removeprefix("--wrap=")
+    environment = fakes.environment() | {"SLURM_JOB_ID": "12"}
+    assert subprocess.run(["sh", "-c", wrapped], env=environment).returncode == code
+    requeued = [["scontrol", "requeue", "12"]] if code == Exit.STOPPED else []
+    assert fakes.calls[1:] == requeued
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import time
 import jax
 import pytest
 
-from ig_jax.errors import InputError
+from ig_jax.errors import Exit, InputError
 from ig_jax.parallel import processes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -162,7 +162,7 @@ def test_killing_one_process_ends_the_others_with_a_line(launch, victim, number)
         if victim == 0 and "another task died" in stderr:
             # JAX's client notices its coordinator's death at the same moment and may be first.
             continue
-        assert child.returncode == processes.EXIT_CODE_PEER_LOST, stderr
+        assert child.returncode == Exit.PEER_LOST, stderr
         assert len(stderr.splitlines()) == 1
         assert stderr.startswith(f"ig_jax: process {victim} (")
         assert "ended unexpectedly, so this process ends as well" in stderr
@@ -179,7 +179,7 @@ def test_a_failing_process_ends_the_others(launch, failing, end, code, said):
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == code and said in stderr
     _, stderr = survivor.communicate(timeout=60)
-    assert survivor.returncode == processes.EXIT_CODE_PEER_LOST, stderr
+    assert survivor.returncode == Exit.PEER_LOST, stderr
     assert f"ig_jax: process {failing} (" in stderr
 
 

@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from ig_jax.parallel import processes, sharding
+from ig_jax.errors import Exit
+from ig_jax.parallel import sharding
 from ig_jax.storage.checkpoints import Checkpoints
 from tests import meshes
 from tests.parallel.test_processes import environment, free_port, place
@@ -76,25 +77,52 @@ def checkpoint_steps(workdir):
     return sorted(int(name) for name in names if name.isdigit())
 
 
+def long_run(workdir, **fields):
+    """The command of a run that lasts until it is stopped."""
+    fields = dict(validate_every=0, sample_every=0, batch_size=64, num_steps=100_000) | fields
+    return [
+        *("-m", "ig_jax.main", "--config=configs/digits_ig.py", f"--workdir={workdir}"),
+        *(f"--config.train.{name}={value}" for name, value in fields.items()),
+        *("--config.model.width=32", "--config.model.heads=2", "--config.evaluation.at_end=False"),
+        "--config.mesh.fsdp=2",
+    ]
+
+
+def await_checkpoint(workdir, children, log):
+    deadline = time.monotonic() + 300
+    while not checkpoint_steps(workdir):
+        assert all(child.poll() is None for child in children), log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def test_one_terminated_process_stops_all_with_the_code_that_launchers_continue(tmp_path):
+    workdir = tmp_path / "run"
+    logs = [tmp_path / f"log{i}" for i in range(2)]
+    port = free_port()
+    command = long_run(workdir, checkpoint_every=20)
+    children = [start(command, port, i, logs[i]) for i in range(2)]
+    try:
+        await_checkpoint(workdir, children, logs[0])
+        children[1].send_signal(signal.SIGTERM)
+        codes = [child.wait(timeout=120) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    assert codes == [Exit.STOPPED, Exit.STOPPED], [log.read_text()[-2000:] for log in logs]
+    stopped = f"ig_jax: stopped at step {checkpoint_steps(workdir)[-1]}, checkpoint saved"
+    assert [stopped in log.read_text() for log in logs] == [True, False]
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_process_ends_the_other_and_a_restart_continues(tmp_path, victim):
     workdir = tmp_path / "run"
-    command = ["-m", "ig_jax.main", "--config=configs/digits_ig.py", f"--workdir={workdir}"]
-    fields = dict(
-        num_steps=100_000, checkpoint_every=20, validate_every=0, sample_every=0, batch_size=64
-    )
-    command += [f"--config.train.{name}={value}" for name, value in fields.items()]
-    command += ["--config.model.width=32", "--config.model.heads=2", "--config.mesh.fsdp=2"]
-    command += ["--config.evaluation.at_end=False"]
+    command = long_run(workdir, checkpoint_every=20)
     logs = [tmp_path / f"log{i}" for i in range(2)]
     port = free_port()
     children = [start(command, port, i, logs[i]) for i in range(2)]
     try:
-        deadline = time.monotonic() + 300
-        while not checkpoint_steps(workdir):
-            assert all(child.poll() is None for child in children), logs[0].read_text()
-            assert time.monotonic() < deadline, logs[0].read_text()
-            time.sleep(0.2)
+        await_checkpoint(workdir, children, logs[0])
         children[victim].send_signal(signal.SIGKILL)
         survivor = children[1 - victim]
         code = survivor.wait(timeout=60)
@@ -104,7 +132,7 @@ def test_a_lost_process_ends_the_other_and_a_restart_continues(tmp_path, victim)
     said = logs[1 - victim].read_text()
     if code != -signal.SIGABRT:
         # JAX's client may notice the loss of its coordinator first, with words of its own.
-        assert code == processes.EXIT_CODE_PEER_LOST, said
+        assert code == Exit.PEER_LOST, said
         assert f"ig_jax: process {victim} (" in said and "restart the run to continue" in said
     last = checkpoint_steps(workdir)[-1]
     command = [a.replace("num_steps=100000", f"num_steps={last + 3}") for a in command]
