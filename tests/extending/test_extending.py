@@ -103,7 +103,8 @@ SMALL = (
     "--config.evaluation.at_end=False --config.sweep.num_samples=64 "
     "--config.sweep.metric=mean_shift "
     "--config.sweep.ig_scales=(1.0,1.5,2.0) --config.sweep.ig_intervals=(0.0,1.0) "
-    "--config.evaluation.ig_scales=() --config.sweep.bootstrap=2"
+    "--config.evaluation.ig_scales=() --config.sweep.bootstrap=2 "
+    "--config.evaluation.features=raw_pixels"
 )
 
 
