@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -134,17 +134,23 @@ def _uncommon(guidance: GuidanceOptions) -> dict[str, Any]:
 
 
 def describe_guidance(p: Mapping[str, Any]) -> str:
-    """Guidance of a record in a few words: "IG 1.4, CFG 1.35 on [0, 0.7]"."""
+    """Guidance of a record in a few words: "IG 1.4, CFG 1.35 on [0, 0.7] by projected"."""
+    options = p.get("guidance_options") or {}
 
-    def part(name: str, scale: float, interval: Sequence[float] | None) -> str:
-        everywhere = interval is None or tuple(interval) == (0, 1)
-        on = "" if everywhere else f" on [{interval[0]:g}, {interval[1]:g}]"
-        return f"{name} {scale:g}{on}"
+    def part(name: str) -> str:
+        scale, interval = p[f"{name}_scale"], p[f"{name}_interval"]
+        own = {k.removeprefix(f"{name}_"): v for k, v in options.items() if k.startswith(name)}
+        words = f"{name.upper()} {scale:g}"
+        if "schedule" in own:
+            words += f" on {own['schedule']}"
+        elif interval is not None and tuple(interval) != (0, 1):
+            words += f" on [{interval[0]:g}, {interval[1]:g}]"
+        words += f" from {own['source']}" if "source" in own else ""
+        words += f" by {own['rule']}" if "rule" in own else ""
+        words += f" of {own['channels']} channels" if "channels" in own else ""
+        return words + (f" (∅: {own['null_scale']})" if "null_scale" in own else "")
 
-    words = [part("IG", p["ig_scale"], p["ig_interval"])]
-    if p["cfg_scale"] != 1:
-        words.append(part("CFG", p["cfg_scale"], p["cfg_interval"]))
-    return ", ".join(words)
+    return ", ".join([part("ig"), *([part("cfg")] if p["cfg_scale"] != 1 else [])])
 
 
 def describe(guidance: GuidanceOptions) -> str:

@@ -361,3 +361,21 @@ class TestEverythingIsInTheRecord:
         experiment = Experiment.from_config(config)
         network = merge(experiment.graphdef, experiment.shapes)
         assert network.spec == experiment.spec
+
+
+def test_words_tell_apart_what_is_guided_in_another_way():
+    usual = GuidanceOptions(1.4, (0.3, 1.0), 1.35, (0.0, 0.7))
+    assert record.describe(usual) == "IG 1.4 on [0.3, 1], CFG 1.35 on [0, 0.7]"
+    others = [
+        dict(ig_rule="projected(eta=0.5)"),
+        dict(ig_source="auxiliary(head=1)"),
+        dict(ig_schedule="ramp(start=0.3, stop=0.9)"),
+        dict(ig_null_scale="1.1"),
+        dict(cfg_source="shallow"),
+        dict(cfg_rule="zero_star"),
+        dict(cfg_schedule="ramp"),
+        dict(cfg_channels=3),
+    ]
+    words = [record.describe(dataclasses.replace(usual, **other)) for other in others]
+    assert len({record.describe(usual), *words}) == 1 + len(others)
+    assert words[0] == "IG 1.4 on [0.3, 1] by projected(eta=0.5), CFG 1.35 on [0, 0.7]"
