@@ -20,6 +20,8 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.sampling.sample import Decoder, Samples, sample
     from ig_jax.storage.autoencoders import autoencoder_from_pytorch
 
+__version__ = "0.1.0"
+
 __all__ = [
     "Decoder",
     "DiT",
@@ -60,4 +62,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

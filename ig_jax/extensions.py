@@ -20,7 +20,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import tables
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, suggest
 from ig_jax.paths import resolve
 
 # What the rows are → where they are.
@@ -72,20 +72,33 @@ def load(files: Iterable[str]) -> tuple[str, ...]:
     return tuple(loaded)
 
 
+def built_in_configs() -> dict[str, epath.Path]:
+    """Name → file of the configs that come along: inside an installed package, or in a checkout."""
+    package = resolve(os.path.dirname(__file__))
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
 def read_config(text: str) -> ConfigDict:
     """The config of `--config=FILE`: what the file's `get_config()` returns.
 
     Args:
-        text: a path, or path:argument for a `get_config(argument)`.
+        text: a path, or the name of a built-in config; path:argument for a `get_config(argument)`.
 
     Raises:
         InputError: for what is no such file; the line names the file, and its line that failed.
     """
     file, colon, argument = text.partition(":")
-    path = resolve(file or text)
+    path, names = resolve(file or text), built_in_configs()
     if not path.is_file():
-        found = "a folder, expected" if path.is_dir() else "expected an existing file, such as"
-        raise InputError(f"--config is {text!r}: {found} configs/….py")
+        if file not in names:
+            found = "a folder, expected" if path.is_dir() else "expected"
+            raise InputError(
+                f"--config is {text!r}: {found} an existing file, or one of {', '.join(names)}"
+                f"{suggest(path.stem, list(names))}"
+            )
+        path = names[file]
     arguments = (argument,) if colon else ()
     try:
         get_config = getattr(_execute(path), "get_config", None)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
+from importlib import metadata
 
 from ig_jax import console
 
@@ -15,13 +18,14 @@ console.quiet_libraries()
 from absl import app, flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
+import ig_jax  # noqa: E402
 from ig_jax import extensions  # noqa: E402
 from ig_jax.errors import EXIT_CODES, Exit, InputError, Stopped, suggest  # noqa: E402
 from ig_jax.paths import check_workdir  # noqa: E402
 
 START = """\
 How to start
-  python -m ig_jax.main --config=configs/digits_ig.py --workdir=/tmp/digits
+  python -m ig_jax.main --config=digits_ig --workdir=/tmp/digits
       trains on handwritten digits (minutes on a CPU), then scores a range of guidance scales
   python -m ig_jax.main --mode=sample --workdir=/tmp/digits --config.guidance.ig_scale=1.5
       draws from the trained model; any --config.field=value overrides what the checkpoint says
@@ -31,7 +35,8 @@ How to start
 
 FLAGS = """\
 Flags
-  --config=FILE       experiment; without it, the workdir's checkpoint's own
+  --config=FILE       experiment: a Python file with get_config(), or the name of one that comes
+                      along (below); without it, the workdir's checkpoint's own
   --config.a.b=value  overrides a field; --help=config lists the sections, and
                       --help=config.guidance the fields of one
   --workdir=DIR       checkpoints, logs and results (local or gs://)
@@ -40,6 +45,7 @@ Flags
   --import=FILE       a file of yours that adds guidance rules, samplers, networks, …
   --guidance=best     sample or evaluate with what --mode=sweep found
   --compare A B       with --mode=evaluate: how the protocols of two results differ
+  --version           of this program and of what it stands on
 """
 
 
@@ -273,6 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     if len(argv) == 1:
         print(START, end="")
         return Exit.COMPLETE
+    if "--version" in argv:
+        print(_versions())
+        return Exit.COMPLETE
     try:
         if topics := [a.removeprefix("--help=") for a in argv if a.startswith("--help=")]:
             extensions.load(_arguments(argv, "import"))
@@ -288,6 +297,12 @@ def main(argv: list[str] | None = None) -> int:
         print("ig_jax: interrupted", file=sys.stderr)
         return Exit.INTERRUPTED
     return Exit.COMPLETE
+
+
+def _versions() -> str:
+    """What `--version` prints."""
+    below = [f"{name} {metadata.version(name)}" for name in ("jax", "flax")]
+    return f"ig_jax {ig_jax.__version__} ({', '.join(below)}, Python {platform.python_version()})"
 
 
 def _help(topic: str) -> str:
@@ -308,7 +323,10 @@ def _parse(argv: list[str]) -> list[str]:
         print(f"{START}\nModes (--mode=…)")
         for name, (line, _) in MODES.items():
             print(f"  {name:10} {line}")
-        print(f"\n{FLAGS}\nExit codes")
+        print(f"\n{FLAGS}\nConfigs")
+        names = ", ".join(extensions.built_in_configs())
+        print(textwrap.fill(names, 100, initial_indent="  ", subsequent_indent="  "))
+        print("\nExit codes")
         for code, meaning in EXIT_CODES.items():
             print(f"  {code:3}  {meaning}")
         raise SystemExit(Exit.COMPLETE)

@@ -31,7 +31,7 @@ def run(*arguments, **environment):
 def test_without_arguments_it_shows_how_to_start():
     done = run()
     assert done.returncode == 0
-    assert "--config=configs/digits_ig.py --workdir=" in done.stdout and not done.stderr
+    assert "--config=digits_ig --workdir=" in done.stdout and not done.stderr
 
 
 def test_help_lists_every_mode():
@@ -57,7 +57,7 @@ CONFIG = "--config=configs/digits_ig.py"
     "arguments,message",
     [
         (["--mode=train"], "--config=FILE (and --workdir=DIR) expected"),
-        (["--config=nowhere.py"], "--config is 'nowhere.py': expected an existing file"),
+        (["--config=nowhere.py"], "--config is 'nowhere.py': expected an existing file, or one of"),
         ([CONFIG], "--workdir=DIR expected"),
         ([CONFIG, "--workdir={}", "--mode=smaple"], "did you mean sample"),
         ([CONFIG, "--workdir={}", "--config.train.num_stps=1"], "did you mean num_steps?"),

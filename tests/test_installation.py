@@ -1,0 +1,106 @@
+"""The wheel, versions, markers and extras, and the program outside a checkout."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+
+import ig_jax
+from ig_jax import extensions, main
+from ig_jax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parent.parent
+TOML = tomllib.loads((ROOT / "pyproject.toml").read_text())
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+def test_every_room_is_packaged():
+    rooms = {path.parent.relative_to(ROOT) for path in ROOT.glob("ig_jax/**/*.py")}
+    named = {".".join(room.parts) for room in rooms} | {"ig_jax.configs"}
+    assert named == set(TOML["tool"]["setuptools"]["packages"])
+
+
+def test_built_in_configs_go_by_name_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert list(extensions.built_in_configs()) == CONFIGS
+    by_path = extensions.read_config(f"{ROOT}/configs/digits_ig.py")
+    assert extensions.read_config("digits_ig") == by_path
+    (tmp_path / "digits_ig").mkdir()  # a workdir of that name is no config
+    assert extensions.read_config("digits_ig") == by_path
+    with pytest.raises(InputError, match="one of cifar10_ig, .*; did you mean digits_ig"):
+        extensions.read_config("configs/digit_ig.py")
+
+
+def test_version(capsys):
+    assert main.main(["ig-jax", "--version"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"ig_jax {ig_jax.__version__} (jax ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "system,machine,expected",
+    [
+        ("linux", "x86_64", "tensorflow-cpu"),
+        ("linux", "aarch64", "tensorflow"),
+        ("win32", "AMD64", "tensorflow-cpu"),
+        ("darwin", "arm64", "tensorflow"),
+    ],
+)
+def test_one_tensorflow_on_every_platform(system, machine, expected):
+    requirements = map(Requirement, TOML["project"]["dependencies"])
+    platform = {"sys_platform": system, "platform_machine": machine}
+    chosen = [
+        r.name
+        for r in requirements
+        if r.name in ("tensorflow", "tensorflow-cpu") and r.marker.evaluate(platform)
+    ]
+    assert chosen == [expected]
+
+
+SHOW = """
+import ig_jax
+from ig_jax import config, extensions
+print(ig_jax.__file__)
+for name in extensions.built_in_configs():
+    config.validate(extensions.read_config(name))
+    print(name)
+"""
+
+
+@pytest.mark.slow
+def test_a_wheel_in_an_empty_folder_has_its_configs(tmp_path):
+    """Built from a copy, installed without its dependencies, run far from the checkout."""
+    source, place, empty = (tmp_path / name for name in ("source", "place", "empty"))
+    empty.mkdir()
+    for name in ("ig_jax", "configs"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip"]
+    flags = ["--quiet", "--no-deps", "--no-index"]
+    wheel = [*pip, "wheel", *flags, "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run(wheel, check=True, capture_output=True)
+    [built] = tmp_path.glob("*.whl")
+    assert built.name == f"ig_jax-{ig_jax.__version__}-py3-none-any.whl"
+    subprocess.run([*pip, "install", *flags, "--target", place, built], check=True)
+    files = {path.relative_to(place / "ig_jax") for path in place.glob("ig_jax/**/*.py")}
+    files = {path for path in files if path.parts[0] != "configs"}
+    assert files == {path.relative_to(ROOT / "ig_jax") for path in ROOT.glob("ig_jax/**/*.py")}
+    assert (place / "ig_jax" / "py.typed").exists()
+
+    def run(*command):
+        environment = os.environ | {"PYTHONPATH": str(place)}
+        return subprocess.run(command, cwd=empty, env=environment, capture_output=True, text=True)
+
+    shown = run(sys.executable, "-c", SHOW)
+    assert shown.stdout.splitlines() == [f"{place}/ig_jax/__init__.py", *CONFIGS], shown.stderr
+    program = place / "bin" / "ig-jax"
+    assert run(program, "--version").stdout.startswith(f"ig_jax {ig_jax.__version__} ")
+    assert ", ".join(CONFIGS[:3]) in run(program, "--help").stdout
+    found = run(program, "--config=digits_ig")
+    assert found.returncode == 2 and found.stderr.startswith("ig_jax: --workdir=DIR expected")
