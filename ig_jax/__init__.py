@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what the table below stands for, where editors and type checkers look
-    from ig_jax.convert.pytorch import add_auxiliary_head, from_pytorch, to_pytorch
+    from ig_jax.convert.pytorch import from_pytorch, to_pytorch
     from ig_jax.convert.workdir import load_workdir
     from ig_jax.diffusion.guidance import Guidance
     from ig_jax.errors import InputError
     from ig_jax.hub import Pretrained, from_pretrained, load_decoder
     from ig_jax.models.dit import DiT, DiTSpec
+    from ig_jax.models.families import add_auxiliary_head
     from ig_jax.models.network import Heads
     from ig_jax.sampling.sample import Decoder, Samples, sample
     from ig_jax.storage.autoencoders import autoencoder_from_pytorch
@@ -43,12 +44,13 @@ __all__ = [
 
 _MODULES = {
     "storage.autoencoders": ("autoencoder_from_pytorch",),
-    "convert.pytorch": ("add_auxiliary_head", "from_pytorch", "to_pytorch"),
+    "convert.pytorch": ("from_pytorch", "to_pytorch"),
     "convert.workdir": ("load_workdir",),
     "diffusion.guidance": ("Guidance",),
     "errors": ("InputError",),
     "hub": ("Pretrained", "from_pretrained", "load_decoder"),
     "models.dit": ("DiT", "DiTSpec"),
+    "models.families": ("add_auxiliary_head",),
     "models.network": ("Heads",),
     "sampling.sample": ("Decoder", "Samples", "sample"),
 }

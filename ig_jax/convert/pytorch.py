@@ -16,14 +16,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx, traverse_util
+from flax import traverse_util
 
 from ig_jax import recipes
 from ig_jax.errors import InputError, suggest
-from ig_jax.models import functional, layers
+from ig_jax.models import functional, layers, network
 from ig_jax.models.dit import DiT, DiTSpec, published_family
 from ig_jax.models.families import abstract
-from ig_jax.models.trunk import add_heads
+from ig_jax.models.network import Layout, Parameter
 from ig_jax.storage import weight_files
 
 # Heads that only training needs: REPA's, onto the features of a pretrained encoder.
@@ -70,32 +70,47 @@ class _Weight:
     """One PyTorch tensor and where it lives among our parameters.
 
     Attributes:
-        name, shape: as PyTorch has them.
+        name: as PyTorch has it.
         path: of the parameter in our nested dict.
+        parameter: what the network declares of it, which says how PyTorch lays it out.
         layer: row of a stacked parameter, or None where the parameter is not stacked.
     """
 
     name: str
-    shape: tuple[int, ...]
     path: tuple[str, ...]
+    parameter: Parameter
     layer: int | None = None
+
+    @property
+    def _transposed(self) -> bool:
+        return self.parameter.is_matrix and not self.parameter.table
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As PyTorch has it."""
+        shape = self.parameter.shape[int(self.parameter.stacked) :]
+        if self.parameter.fixed:
+            return (1, *shape)
+        if self.parameter.unflattened:
+            *positions, inputs, outputs = self.parameter.unflattened
+            return (outputs, inputs, *positions)
+        return shape[::-1] if self._transposed else shape
 
     def to_ours(self, array: np.ndarray) -> np.ndarray:
         """A view of a PyTorch array in our layout (a stacked parameter's row)."""
-        if self.path[-1] == "position":
+        if self.parameter.fixed:
             return array[0]
-        if array.ndim == 4:  # convolution (D, C, p, p) → Linear over (p_row, p_col, channel)
-            return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
-        return array.T if self.path[-1] == "kernel" else array
+        if self.parameter.unflattened:  # (D, C, p, p) → (p_row · p_col · C, D)
+            return array.transpose(2, 3, 1, 0).reshape(self.parameter.shape)
+        return array.T if self._transposed else array
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_ours`."""
-        if self.path[-1] == "position":
+        if self.parameter.fixed:
             return array[None]
-        if len(self.shape) == 4:
-            width, channels, patch, _ = self.shape
-            return array.reshape(patch, patch, channels, width).transpose(3, 2, 0, 1)
-        return array.T if self.path[-1] == "kernel" else array
+        if self.parameter.unflattened:
+            return array.reshape(self.parameter.unflattened).transpose(3, 2, 0, 1)
+        return array.T if self._transposed else array
 
 
 def from_pytorch(
@@ -151,12 +166,12 @@ def from_pytorch(
     _check_rope(weights, spec, where)
     buffers = [name for name in ROPE_BUFFERS if name in weights]
     stored = {name: np.asarray(weights.pop(name), np.float32) for name in buffers}
-    table = list(_weights(spec, shapes))
+    table = list(_weights(spec, network.layout(graphdef, shapes)))
     weight_files.match_keys({weight.name: weight.shape for weight in table}, weights, where)
     weight_files.check_finite(weights, where)
     model = functional.merge(graphdef, _fill(table, shapes, weights))
     # No parameters, so static and hashable; only `to_pytorch` reads them.
-    model.rope_buffers = tuple((name, a.shape, a.tobytes()) for name, a in stored.items())
+    model.carried = tuple((name, a.shape, a.tobytes()) for name, a in stored.items())
     return model
 
 
@@ -176,57 +191,19 @@ def to_pytorch(model: DiT, *, rope_buffers: bool = False) -> dict[str, np.ndarra
         Arrays by name. They are read-only views of the parameters, so that a large model is not
         held twice; copy one before changing it.
     """
-    _, params = functional.split(model)
+    graphdef, params = functional.split(model)
     flat = {path: np.asarray(leaf) for path, leaf in traverse_util.flatten_dict(params).items()}
     weights = {}
-    for weight in _weights(model.spec, params):
+    for weight in _weights(model.spec, network.layout(graphdef, params)):
         array = flat[weight.path]
         weights[weight.name] = weight.to_theirs(
             array if weight.layer is None else array[weight.layer]
         )
     if rope_buffers and model.spec.rope:
         weights |= dict(zip(ROPE_BUFFERS, _rope_tables(model.spec), strict=True))
-    for name, shape, data in getattr(model, "rope_buffers", ()):
+    for name, shape, data in model.carried:
         weights[name] = np.frombuffer(data, np.float32).reshape(shape)
     return weights
-
-
-def add_auxiliary_head(model: DiT, depth: int, rngs: nnx.Rngs) -> DiT:
-    """Gives a model a fresh auxiliary head: how to add IG to a trained network.
-
-    Args:
-        model: a model without a head there; it is left as it is.
-        depth: number of blocks before the head, 1…depth−1 (the paper: a third of them).
-        rngs: random stream of the head, where its family does not start it at zero.
-
-    Returns:
-        A model whose other predictions are the same. Raises `InputError` if the model has an
-        auxiliary head there already, or for a depth out of range.
-    """
-    spec = model.spec
-    if depth in spec.auxiliary_depths:
-        raise InputError(f"the model has an auxiliary head after block {depth} already")
-    wanted = dataclasses.replace(
-        spec, auxiliary_depths=tuple(sorted((*spec.auxiliary_depths, depth)))
-    )
-    dtype = model.patch_embed.dtype
-    graphdef, shapes = functional.split(
-        abstract(wanted, dtype=dtype, scan_blocks=model.scan_blocks, remat=model.remat)
-    )
-    head = layers.Head(
-        spec.width,
-        spec.patch_size**2 * spec.channels,
-        norm=spec.norm,
-        zero=spec.zero_auxiliary,
-        dtype=dtype,
-        rngs=rngs,
-    )
-    name = wanted.auxiliary_heads[wanted.auxiliary_depths.index(depth)]
-    fresh = shapes | {name: functional.split(head)[1]}
-    params = add_heads(functional.split(model)[1], spec, wanted, fresh)
-    extended = functional.merge(graphdef, params)
-    extended.rope_buffers = getattr(model, "rope_buffers", ())
-    return extended
 
 
 def _read(source: str | os.PathLike | Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str]:
@@ -417,29 +394,22 @@ def _find_auxiliary_depths(
     return (published[depth, width],)
 
 
-def _weights(spec: DiTSpec, params: Mapping[str, Any]) -> Iterator[_Weight]:
+def _weights(spec: DiTSpec, layout: Layout) -> Iterator[_Weight]:
     """Yields every weight of a model in the release's order.
 
     Args:
         spec: the architecture.
-        params: nested dict of our parameters or their shapes.
+        layout: what the network declares of its parameters.
     """
-    flat = traverse_util.flatten_dict(dict(params))
+    flat = traverse_util.flatten_dict(layout)
 
     def of(module: str, theirs: str, layer: int | None = None) -> Iterator[_Weight]:
         path = tuple(module.split("."))
         for leaf, suffix in {"": "", **_LEAVES}.items():
             ours = (*path, leaf) if leaf else path
-            if ours not in flat:
-                continue
-            shape = tuple(flat[ours].shape)[0 if layer is None else 1 :]
-            if module == "position":
-                shape = (1, *shape)
-            elif module == "patch_embed" and leaf == "kernel":
-                shape = (spec.width, spec.channels, spec.patch_size, spec.patch_size)
-            elif leaf == "kernel":
-                shape = shape[::-1]
-            yield _Weight(f"{theirs}.{suffix}" if suffix else theirs, shape, ours, layer)
+            if ours in flat:
+                name = f"{theirs}.{suffix}" if suffix else theirs
+                yield _Weight(name, ours, flat[ours], layer)
 
     for ours, theirs in _EMBEDDINGS.items():
         yield from of(ours, theirs)

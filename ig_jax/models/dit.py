@@ -83,6 +83,11 @@ class DiTSpec(TrunkSpec):
         return (self.input_size, self.input_size, self.channels)
 
     @property
+    def summary(self) -> str:
+        """Name, size and patch, as papers write them."""
+        return f"{super().summary}/{self.patch_size}"
+
+    @property
     def tokens(self) -> int:
         """Number of tokens, (input_size / patch_size)²."""
         return (self.input_size // self.patch_size) ** 2
@@ -151,7 +156,7 @@ class DiT(Trunk):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
-        super().__init__(spec, scan_blocks=scan_blocks, remat=remat)
+        super().__init__(spec, dtype=dtype, scan_blocks=scan_blocks, remat=remat)
         patch = spec.patch_size**2
         self.patch_embed = nnx.Linear(
             patch * spec.channels, spec.width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
@@ -172,10 +177,17 @@ class DiT(Trunk):
         self.add_stacks(
             lambda rngs: layers.Block(spec.width, spec.heads, **block, dtype=dtype, rngs=rngs), rngs
         )
-        heads = dict(width=spec.width, norm=spec.norm, dtype=dtype, rngs=rngs)
-        out = patch * spec.channels
-        self.add_auxiliary_heads(lambda: layers.Head(out=out, zero=spec.zero_auxiliary, **heads))
-        self.final_head = layers.Head(out=out * (1 + spec.learned_sigma), zero=True, **heads)
+        self.add_auxiliary_heads(rngs)
+        self.final_head = self._head(1 + spec.learned_sigma, True, rngs)
+
+    def _head(self, times: int, zero: bool, rngs: nnx.Rngs) -> layers.Head:
+        spec = self.spec
+        out = spec.patch_size**2 * spec.channels * times
+        return layers.Head(spec.width, out, norm=spec.norm, zero=zero, dtype=self.dtype, rngs=rngs)
+
+    def make_auxiliary_head(self, rngs: nnx.Rngs) -> layers.Head:
+        """A fresh auxiliary head, initialised from `rngs`."""
+        return self._head(1, self.spec.zero_auxiliary, rngs)
 
     def __call__(
         self,

@@ -10,10 +10,12 @@ from typing import Any
 from flax import nnx
 
 from ig_jax import recipes
-from ig_jax.errors import look_up
+from ig_jax.errors import InputError, look_up
+from ig_jax.models import functional
 from ig_jax.models.dit import PUBLISHED_FAMILIES, DiT, DiTSpec
 from ig_jax.models.mlp import MLP, MLPSpec
 from ig_jax.models.network import Spec
+from ig_jax.models.trunk import Trunk, add_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,3 +71,30 @@ def make(spec: Spec, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
 def abstract(spec: Spec, **options: Any) -> Any:
     """A network of shapes only (no arrays are made), for loading weights or compiling."""
     return nnx.eval_shape(lambda: make(spec, **options, rngs=nnx.Rngs(0)))
+
+
+def add_auxiliary_head(model: Trunk, depth: int, rngs: nnx.Rngs) -> Trunk:
+    """Gives a model a fresh auxiliary head: how to add IG to a trained network.
+
+    Args:
+        model: a model without a head there; it is left as it is.
+        depth: number of blocks before the head, 1…depth−1 (the paper: a third of them).
+        rngs: random stream of the head, where its family does not start it at zero.
+
+    Returns:
+        A model whose other predictions are the same. Raises `InputError` if the model has an
+        auxiliary head there already, or for a depth out of range.
+    """
+    spec = model.spec
+    if depth in spec.auxiliary_depths:
+        raise InputError(f"the model has an auxiliary head after block {depth} already")
+    depths = tuple(sorted((*spec.auxiliary_depths, depth)))
+    wanted = dataclasses.replace(spec, auxiliary_depths=depths)
+    options = dict(dtype=model.dtype, scan_blocks=model.scan_blocks, remat=model.remat)
+    graphdef, shapes = functional.split(abstract(wanted, **options))
+    head = functional.split(model.make_auxiliary_head(rngs))[1]
+    fresh = shapes | {wanted.auxiliary_heads[depths.index(depth)]: head}
+    params = add_heads(functional.split(model)[1], spec, wanted, fresh)
+    extended = functional.merge(graphdef, params)
+    extended.carried = model.carried
+    return extended

@@ -88,7 +88,7 @@ class MLP(Trunk):
         remat: str = "none",
         rngs: nnx.Rngs,
     ):
-        super().__init__(spec, scan_blocks=scan_blocks, remat=remat)
+        super().__init__(spec, dtype=dtype, scan_blocks=scan_blocks, remat=remat)
         width = spec.width
         self.embed = nnx.Linear(
             spec.channels, width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
@@ -99,14 +99,13 @@ class MLP(Trunk):
         )
         declare(self.label_embed, table=True)
         self.add_stacks(lambda rngs: Block(width, dtype=dtype, rngs=rngs), rngs)
+        self.add_auxiliary_heads(rngs)
+        self.final_head = self.make_auxiliary_head(rngs)
 
-        def head() -> layers.Head:
-            return layers.Head(
-                width, spec.channels, norm="layer", zero=True, dtype=dtype, rngs=rngs
-            )
-
-        self.add_auxiliary_heads(head)
-        self.final_head = head()
+    def make_auxiliary_head(self, rngs: nnx.Rngs) -> layers.Head:
+        """A fresh auxiliary head, initialised from `rngs`."""
+        width, channels = self.spec.width, self.spec.channels
+        return layers.Head(width, channels, norm="layer", zero=True, dtype=self.dtype, rngs=rngs)
 
     def __call__(
         self,

@@ -53,6 +53,11 @@ class Spec:
         """The label that stands for "no class" (∅)."""
         return self.num_classes
 
+    @property
+    def summary(self) -> str:
+        """The network in a few words, for records."""
+        return self.family
+
     def forward_flops(self) -> int:
         """FLOPs of one forward pass of one input, two per multiply-add; 0 if nobody counted."""
         return 0

@@ -43,6 +43,7 @@ def _save_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 class TrunkSpec(Spec):
     """Base of the architecture of a `Trunk`: `depth` blocks, cut where auxiliary heads read."""
 
+    width: int
     depth: int
 
     def check_depths(self) -> None:
@@ -55,6 +56,11 @@ class TrunkSpec(Spec):
                 f"auxiliary_depths is {self.auxiliary_depths}: expected increasing numbers in "
                 f"1…{self.depth - 1} for {self.depth} blocks (or none, for no auxiliary head)"
             )
+
+    @property
+    def summary(self) -> str:
+        """Name and size."""
+        return f"{self.family} {self.depth}x{self.width}"
 
     @property
     def stacks(self) -> tuple[tuple[str, int], ...]:
@@ -76,14 +82,18 @@ class Trunk(nnx.Module):
 
     Args:
         spec: the architecture.
+        dtype: dtype of matrix products; parameters are float32 always.
         scan_blocks: compile one block of a stack and scan it (fast compiles) or unroll all blocks.
         remat: "none", "full" (recompute whole blocks) or "dots" (keep matrix products).
     """
 
-    def __init__(self, spec: TrunkSpec, *, scan_blocks: bool, remat: str):
+    def __init__(self, spec: TrunkSpec, *, dtype: jnp.dtype, scan_blocks: bool, remat: str):
         self.spec = spec
+        self.dtype = dtype
         self.scan_blocks = scan_blocks
         self.remat = remat
+        # What a converted checkpoint held beside parameters, for the way back; static.
+        self.carried: tuple[Any, ...] = ()
 
     def add_stacks(self, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> None:
         """Makes the stacks: modules of one block whose parameters have a leading layer axis."""
@@ -93,10 +103,14 @@ class Trunk(nnx.Module):
             declare(stack, stacked=True)
             setattr(self, name, stack)
 
-    def add_auxiliary_heads(self, make_head: Callable[[], nnx.Module]) -> None:
-        """Makes the auxiliary heads, functions of the stream and the condition."""
+    def make_auxiliary_head(self, rngs: nnx.Rngs) -> nnx.Module:
+        """A fresh auxiliary head, a function of the stream and the condition."""
+        raise NotImplementedError
+
+    def add_auxiliary_heads(self, rngs: nnx.Rngs) -> None:
+        """Makes all auxiliary heads."""
         for index, name in enumerate(self.spec.auxiliary_heads):
-            head = make_head()
+            head = self.make_auxiliary_head(rngs)
             declare(head, head=index)
             setattr(self, name, head)
 

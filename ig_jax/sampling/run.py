@@ -146,11 +146,8 @@ def sampling_record(
 
 
 def _summary(spec: Spec) -> str:
-    """A network in a few words, of the sizes that its spec has."""
-    sizes = "x".join(str(getattr(spec, k)) for k in ("depth", "width") if hasattr(spec, k))
-    patch = f"/{spec.patch_size}" if hasattr(spec, "patch_size") else ""
     heads = ", ".join(map(str, spec.auxiliary_depths)) or None
-    return f"{spec.family} {sizes}{patch}, auxiliary head after {heads}"
+    return f"{spec.summary}, auxiliary head after {heads}"
 
 
 def _network_of(weaker: Weaker) -> Any:

@@ -19,12 +19,12 @@ import pytest
 from flax import nnx
 
 from ig_jax.convert.pytorch import (
-    add_auxiliary_head,
     from_pytorch,
     to_pytorch,
 )
 from ig_jax.errors import InputError
 from ig_jax.models import functional
+from ig_jax.models.families import add_auxiliary_head
 from ig_jax.models.trunk import add_heads
 from ig_jax.storage import weight_files
 from tests.common import golden
