@@ -201,6 +201,9 @@ class EvaluationOptions:
         "auto", "a feature extractor; auto: the classifier on digits, Inception on pictures"
     )
     inception_path: str = _free("", "Inception's weights", path=True)
+    dinov2_path: str = _free(
+        "", "DINOv2's weights (.pth or .safetensors), where features is dinov2", path=True
+    )
     reference: str = _free(
         "", "ADM's reference .npz, a statistics file of ours, or empty for the data set", path=True
     )

@@ -35,18 +35,22 @@ def relative_error(actual: Any, expected: Any) -> float:
 
 
 def seeded_weights(shapes: Mapping[str, tuple[int, ...]], inception: bool = False) -> dict:
-    """Makes the weights that the autoencoder and Inception golden runs used, from names alone."""
+    """Makes the weights of the autoencoders', Inception's and DINOv2's golden runs from names."""
     weights = {}
     for name, shape in shapes.items():
         shape = tuple(shape)
         r = np.random.default_rng([zlib.crc32(name.encode()), 0]).standard_normal(shape)
-        if len(shape) >= 2:
+        if name in ("pos_embed", "cls_token", "mask_token"):
+            r = 0.5 * r
+        elif len(shape) >= 2:
             r = r / math.sqrt(math.prod(shape[1:]))
             if inception and len(shape) == 4:
                 r = r * math.sqrt(2)
         elif name.endswith("running_var"):
             r = 1 + 0.1 * np.abs(r)
-        elif ("norm" in name or ".bn." in name) and name.endswith("weight"):
+        elif name.endswith("gamma") or (
+            name.endswith("weight") and ("norm" in name or ".bn." in name)
+        ):
             r = 1 + 0.1 * r
         else:
             r = 0.1 * r

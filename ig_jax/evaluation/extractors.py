@@ -1,7 +1,7 @@
 """Feature extractors: what turns images into the vectors that the metrics compare.
 
-One small interface and a table of what implements it, Inception for pictures and a classifier's
-hidden layer for scikit-learn's digits, so that evaluation is the same code for all.
+One small interface and a table of what implements it, Inception and DINOv2 for pictures and a
+classifier's hidden layer for scikit-learn's digits, so that evaluation is the same code for all.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -19,10 +19,12 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax.convert import inception as convert
+from ig_jax.convert import dinov2 as convert_dinov2
+from ig_jax.convert import inception as convert_inception
 from ig_jax.data import toy2d
 from ig_jax.errors import InputError
-from ig_jax.models import functional, inception
+from ig_jax.models import dinov2, functional, inception
+from ig_jax.models.dinov2 import DinoV2Spec
 from ig_jax.models.pixels import to_uint8
 from ig_jax.storage.files import digest
 
@@ -79,18 +81,18 @@ class FeatureExtractor(Protocol):
 CHUNK = 256
 
 
-class InceptionExtractor:
-    """Pool-3, sFID map and softmax probabilities of the FID Inception.
+class NetworkExtractor:
+    """Base of extractors that run a network on the devices; a subclass names it and is its pass.
 
     Batches are padded to one size, so the network compiles once per image size, and spread over
     all devices of a mesh that belong to this process: every process extracts its own images.
     """
 
-    name = "inception-2015-12-05"
-    gives = ("pool", "spatial", "probabilities")
-    width = inception.POOL_WIDTH
-    spatial_width = inception.SPATIAL_WIDTH
-    resize = "TF1 bilinear to 299x299"
+    name: str
+    gives: tuple[str, ...]
+    width: int
+    spatial_width: int | None
+    resize: str
 
     def __init__(
         self,
@@ -103,7 +105,7 @@ class InceptionExtractor:
         """Places the parameters on the devices.
 
         Args:
-            params: as `convert.inception.load_inception` returns them.
+            params: the network's.
             fingerprint: SHA-256 of the weight file.
             batch_size: images per forward pass, over all devices together; rounded up to a
                 multiple of their number.
@@ -117,17 +119,9 @@ class InceptionExtractor:
         replicated = jax.sharding.NamedSharding(local, jax.sharding.PartitionSpec())
         self._params = jax.device_put(params, replicated)
 
-    @classmethod
-    def from_file(
-        cls,
-        path: os.PathLike | str,
-        *,
-        batch_size: int = 64,
-        mesh: jax.sharding.Mesh | None = None,
-    ) -> InceptionExtractor:
-        """Reads `pt_inception-2015-12-05-6726825d.pth`; see `convert.inception.load_inception`."""
-        params, digest = convert.load_inception(path)
-        return cls(params, digest, batch_size=batch_size, mesh=mesh)
+    def forward(self, params: functional.Params, images: jax.Array) -> tuple[jax.Array, ...]:
+        """A compiled pass: (n, H, W, 3) uint8 images to what `gives` names, in its order."""
+        raise NotImplementedError
 
     def __call__(self, images: np.ndarray) -> Features:
         """Maps (N, H, W, 3) uint8 images of any size to their features."""
@@ -137,9 +131,61 @@ class InceptionExtractor:
             batch = images[start : start + self.batch_size]
             padding = [(0, self.batch_size - len(batch))] + [(0, 0)] * 3
             padded = jax.device_put(np.pad(batch, padding), self._sharding)
-            output = jax.device_get(_inception_features(self._params, padded))
+            output = jax.device_get(self.forward(self._params, padded))
             parts.append([array[: len(batch)] for array in output])
-        return Features(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        arrays = (np.concatenate(pieces) for pieces in zip(*parts, strict=True))
+        return Features(**dict(zip(self.gives, arrays, strict=True)))
+
+
+class InceptionExtractor(NetworkExtractor):
+    """Pool-3, sFID map and softmax probabilities of the FID Inception."""
+
+    name = "inception-2015-12-05"
+    gives = ("pool", "spatial", "probabilities")
+    width = inception.POOL_WIDTH
+    spatial_width = inception.SPATIAL_WIDTH
+    resize = "TF1 bilinear to 299x299"
+
+    @classmethod
+    def from_file(cls, path: os.PathLike | str, **placement: Any) -> InceptionExtractor:
+        """Reads `pt_inception-2015-12-05-6726825d.pth`; see `convert.inception.load_inception`.
+
+        `placement` is the batch size and the mesh, as `NetworkExtractor` takes them.
+        """
+        params, digest = convert_inception.load_inception(path)
+        return cls(params, digest, **placement)
+
+    def forward(self, params: functional.Params, images: jax.Array) -> tuple[jax.Array, ...]:
+        return _inception_features(params, images)
+
+
+class DinoV2Extractor(NetworkExtractor):
+    """DINOv2's class token, for FD-DINOv2 as EDM2 computes it (there of ViT-L).
+
+    Args:
+        spec: the architecture.
+        params, fingerprint, placement: as `NetworkExtractor` takes them.
+    """
+
+    gives = ("pool",)
+    spatial_width = None
+    resize = "bicubic with antialias to 224x224"
+
+    def __init__(
+        self, spec: DinoV2Spec, params: functional.Params, fingerprint: str, **placement: Any
+    ):
+        super().__init__(params, fingerprint, **placement)
+        self.spec, self.width = spec, spec.width
+        published = {384: "vits14", 768: "vitb14", 1024: "vitl14"}
+        self.name = f"dinov2-{published.get(spec.width, spec.width)}"
+
+    @classmethod
+    def from_file(cls, path: os.PathLike | str, **placement: Any) -> DinoV2Extractor:
+        """Reads a weight file; see `convert.dinov2.load_dinov2`."""
+        return cls(*convert_dinov2.load_dinov2(path), **placement)
+
+    def forward(self, params: functional.Params, images: jax.Array) -> tuple[jax.Array, ...]:
+        return (_dinov2_features(self.spec, params, images),)
 
 
 class DigitsExtractor:
@@ -213,11 +259,23 @@ def _open_inception(evaluation: ConfigDict, mesh: jax.sharding.Mesh) -> Inceptio
     if not evaluation.inception_path:
         raise InputError(
             "config.evaluation.inception_path is empty: expected the Inception weights, "
-            f"downloaded from {convert.URL}"
+            f"downloaded from {convert_inception.URL}"
         )
+    return InceptionExtractor.from_file(evaluation.inception_path, **_placement(mesh))
+
+
+def _open_dinov2(evaluation: ConfigDict, mesh: jax.sharding.Mesh) -> DinoV2Extractor:
+    if not evaluation.dinov2_path:
+        raise InputError(
+            "config.evaluation.dinov2_path is empty: expected the DINOv2 weights, "
+            f"downloaded from {convert_dinov2.URL}"
+        )
+    return DinoV2Extractor.from_file(evaluation.dinov2_path, **_placement(mesh))
+
+
+def _placement(mesh: jax.sharding.Mesh) -> dict[str, Any]:
     # A batch larger than a chunk would be filled up for nothing.
-    batch_size = min(64 * len(mesh.local_devices), CHUNK)
-    return InceptionExtractor.from_file(evaluation.inception_path, batch_size=batch_size, mesh=mesh)
+    return {"batch_size": min(64 * len(mesh.local_devices), CHUNK), "mesh": mesh}
 
 
 @functools.cache
@@ -229,6 +287,7 @@ def _digits_extractor() -> DigitsExtractor:
 EXTRACTORS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], FeatureExtractor]] = {
     "digits": lambda evaluation, mesh: _digits_extractor(),
     "toy2d": lambda evaluation, mesh: TreeExtractor(),
+    "dinov2": _open_dinov2,
     "inception": _open_inception,
 }
 
@@ -277,7 +336,12 @@ def _inception_features(
 
 @functools.cache
 def _graph_definition() -> nnx.GraphDef:
-    return convert.abstract_inception()[0]
+    return convert_inception.abstract_inception()[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dinov2_features(spec: DinoV2Spec, params: functional.Params, images: jax.Array) -> jax.Array:
+    return functional.merge(dinov2.abstract(spec)[0], params)(images)
 
 
 def _check_images(images: np.ndarray, shape: tuple[int | None, ...], name: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
+from ig_jax import streams
 from ig_jax.data import toy2d
 from ig_jax.errors import InputError
 from ig_jax.evaluation.features import FeatureSet
@@ -25,6 +26,10 @@ from ig_jax.evaluation.statistics import GaussianStatistics, ReferenceStatistics
 
 # Of precision and recall.
 NEIGHBOURS = 3
+# Of KID, as its users have it: how many subsets, and of how many rows at the most.
+SUBSETS, SUBSET_SIZE = 100, 1000
+# Of MIND.
+DIRECTIONS = 1000
 
 
 class FewSamplesWarning(UserWarning):
@@ -60,6 +65,72 @@ def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
         if message:
             warnings.warn(message, FewSamplesWarning, stacklevel=2)
     return _distance(a, b)
+
+
+def kernel_distance(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Unbiased MMD² with the kernel `(x·y/D + 1)³` over all pairs (Bińkowski et al. 2018, §4).
+
+    Unlike a Fréchet distance it has the same mean for any number of samples; it may fall below 0.
+
+    Args:
+        samples: (N, D) features, N ≥ 2.
+        reference: (M, D) features, M ≥ 2.
+
+    Raises:
+        InputError: if shapes do not fit, or values are not finite.
+    """
+    x, y = _feature_pair(samples, reference, 2)
+    return _mean_kernel(x) + _mean_kernel(y) - 2 * _mean_kernel(x, y)
+
+
+def kid(samples: np.ndarray, reference: np.ndarray) -> float:
+    """Kernel Inception Distance: `kernel_distance` averaged over random subsets (ibid.).
+
+    The mean over all subsets is the value of all pairs, so where those are no more than the pairs
+    in `SUBSETS` subsets of `SUBSET_SIZE` rows (up to 10,000 rows on both sides), it is that value.
+    The subsets are the same for every set of as many rows. Arguments, errors: `kernel_distance`.
+    """
+    x, y = _feature_pair(samples, reference, 2)
+    size = min(SUBSET_SIZE, len(x), len(y))
+    if len(x) ** 2 + len(x) * len(y) + len(y) ** 2 <= 3 * SUBSETS * SUBSET_SIZE**2:
+        return kernel_distance(x, y)
+    generator = streams.numpy_stream(0, "KID subsets")
+    pairs = (
+        [rows[generator.choice(len(rows), size, replace=False)] for rows in (x, y)]
+        for _ in range(SUBSETS)
+    )
+    return float(np.mean([kernel_distance(*pair) for pair in pairs]))
+
+
+def mind(samples: np.ndarray, reference: np.ndarray, directions: np.ndarray | None = None) -> float:
+    """Monge Inception Distance (Berthet et al. 2026, arXiv 2605.06797): a sliced Wasserstein-2².
+
+    3·D times the mean over directions of the squared W₂ between the projections: for as many rows
+    on both sides that of sorted values; otherwise quantile functions are compared, which is exact
+    as well. It falls with the number of rows, so compare it at equal numbers only.
+
+    Args:
+        samples: (N, D) features.
+        reference: (M, D) features.
+        directions: (K, D) unit vectors; `DIRECTIONS` random ones, always the same, if None.
+
+    Raises:
+        InputError: if shapes do not fit, or values are not finite.
+    """
+    x, y = _feature_pair(samples, reference, 1)
+    width = x.shape[1]
+    if directions is None:
+        directions = streams.numpy_stream(0, "MIND directions").standard_normal((DIRECTIONS, width))
+        directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    # Both quantile functions are constant between these multiples of 1/(N·M).
+    ends = np.union1d(np.arange(1, len(x) + 1) * len(y), np.arange(1, len(y) + 1) * len(x))
+    shares = np.diff(ends, prepend=0) / (len(x) * len(y))
+    at_x, at_y = (ends - 1) // len(y), (ends - 1) // len(x)
+    total = 0.0
+    for part in np.array_split(directions, -(-len(directions) // 64)):  # to bound the memory
+        gaps = np.sort(x @ part.T, 0)[at_x] - np.sort(y @ part.T, 0)[at_y]
+        total += float((shares @ gaps**2).sum())
+    return 3 * width * total / len(directions)
 
 
 def inception_score(probabilities: np.ndarray, split_size: int = 5000) -> float:
@@ -120,31 +191,47 @@ def precision_recall(
     Raises:
         InputError: if shapes do not fit, values are not finite, or a set has no k-th neighbour.
     """
-    sets = {
-        name: np.asarray(features, np.float32)
-        for name, features in (("reference", reference), ("samples", samples))
-    }
-    for name, features in sets.items():
-        if features.ndim != 2 or len(features) <= k:
-            raise InputError(
-                f"{name}: features of shape {features.shape}, expected (N, D) with N > k = {k}"
-            )
-        if not np.all(np.isfinite(features)):
-            raise InputError(f"{name}: features have NaN or infinite values")
-    if sets["reference"].shape[1] != sets["samples"].shape[1]:
-        raise InputError(
-            f"samples: {sets['samples'].shape[1]} features, but reference has "
-            f"{sets['reference'].shape[1]}"
-        )
+    samples, reference = _feature_pair(samples, reference, k + 1, np.float32)
     if k < 1 or block_size < 1:
         raise InputError(f"k: {k}, block_size: {block_size}, expected at least 1")
     # Distances do not change under a shift, but float32 loses fewer digits near the origin.
-    centre = sets["reference"].mean(0, dtype=np.float64).astype(np.float32)
-    reference, samples = (features - centre for features in sets.values())
+    centre = reference.mean(0, dtype=np.float64).astype(np.float32)
+    reference, samples = reference - centre, samples - centre
     return PrecisionRecall(
         precision=_share_inside(samples, reference, k, block_size),
         recall=_share_inside(reference, samples, k, block_size),
     )
+
+
+def _feature_pair(
+    samples: np.ndarray, reference: np.ndarray, least: int, dtype: type = np.float64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Both in one type, checked to be finite, (N ≥ least, D), and of one width."""
+    pair = np.asarray(samples, dtype), np.asarray(reference, dtype)
+    for name, features in zip(("samples", "reference"), pair, strict=True):
+        if features.ndim != 2 or len(features) < least:
+            raise InputError(
+                f"{name}: features of shape {features.shape}, expected (N, D) with N ≥ {least}"
+            )
+        if not np.all(np.isfinite(features)):
+            raise InputError(f"{name}: features have NaN or infinite values")
+    widths = [features.shape[1] for features in pair]
+    if widths[0] != widths[1]:
+        raise InputError(f"samples: {widths[0]} features, but reference has {widths[1]}")
+    return pair
+
+
+def _mean_kernel(x: np.ndarray, y: np.ndarray | None = None, block_size: int = 1024) -> float:
+    """Mean of KID's kernel over pairs of rows: of `x` and `y`, or of different rows of `x`."""
+    others, width = (x if y is None else y), x.shape[1]
+    total = 0.0
+    for start in range(0, len(x), block_size):
+        products = x[start : start + block_size] @ others.T / width + 1
+        total += float((products * products * products).sum())
+    if y is not None:
+        return total / (len(x) * len(y))
+    itself = float(((np.einsum("nd,nd->n", x, x) / width + 1) ** 3).sum())
+    return (total - itself) / (len(x) * (len(x) - 1))
 
 
 def _check_widths(a: GaussianStatistics, b: GaussianStatistics) -> None:
@@ -234,7 +321,7 @@ class Metric:
         unit: axis label of plots; metrics of one unit share a panel.
         raced: whether a search shows it for every setting also where another metric decides (not
             if it costs more than a glance at the features).
-        inception_title: its name where the features are Inception's.
+        titles: its names for features of an extractor whose name begins so.
     """
 
     title: str
@@ -248,12 +335,12 @@ class Metric:
     format: str = ".4g"
     unit: str = "distance (lower is better)"
     raced: bool = True
-    inception_title: str = ""
+    titles: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def title_for(self, extractor: str) -> str:
         """Its title for features of the extractor of this name."""
-        inception = extractor.startswith("inception")
-        return self.inception_title if inception and self.inception_title else self.title
+        found = (title for start, title in self.titles.items() if extractor.startswith(start))
+        return next(found, self.title)
 
 
 def label_accuracy(readings: np.ndarray, labels: np.ndarray) -> float:
@@ -286,7 +373,25 @@ METRICS: dict[str, Metric] = {
         "Fréchet distance",
         lambda samples, reference, labels: _distance(samples.pool, reference.pool),
         reference="pool",
-        inception_title="FID",
+        titles={"inception": "FID", "dinov2": "FD-DINOv2"},
+    ),
+    "kid": Metric(
+        "kernel distance",
+        lambda samples, reference, labels: kid(samples.rows["pool"], reference.features),
+        rows=("pool",),
+        reference="features",
+        unit="kernel distance (lower is better)",
+        raced=False,
+        titles={"inception": "KID"},
+    ),
+    "mind": Metric(
+        "sliced distance",
+        lambda samples, reference, labels: mind(samples.rows["pool"], reference.features),
+        rows=("pool",),
+        reference="features",
+        unit="sliced distance (lower is better)",
+        raced=False,
+        titles={"inception": "MIND"},
     ),
     "sfid": Metric(
         "sFID",

@@ -26,8 +26,23 @@ from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.paths import resolve
 
 FOLDER = "evaluation"
+# How the names of ADM's references of ImageNet begin, whatever the resolution.
+ADM_IMAGENET = "VIRTUAL_imagenet"
+# Of ImageNet's validation set at 256×256 (Yang et al. 2026, "FD-loss", arXiv 2604.28190).
+REAL_FID = 1.68
 
 log = logging.getLogger("ig_jax")
+
+
+def real_pictures(extractor: str, reference: str) -> str | None:
+    """A line on what real pictures score, if that is known of these features and this reference."""
+    if not (extractor.startswith("inception") and reference.startswith(ADM_IMAGENET)):
+        return None
+    return (
+        f"the real validation pictures of ImageNet score FID {REAL_FID} against ADM's reference at "
+        "256x256 (arXiv 2604.28190): samples below that are closer to the reference, not better "
+        "than real"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,10 +217,12 @@ class Scorer:
         missing: dict[str, list[str]] = {}
         for name, metric in self.opened.metrics.items():
             if name not in self.metrics:
-                missing.setdefault(metric.reference, []).append(metric.title)
+                title = metric.title_for(self.extractor.name)
+                missing.setdefault(metric.reference, []).append(title)
         for part, titles in missing.items():
             has = "neither features nor images" if part == "features" else f"no {part} statistics"
-            found.append(f"no {' and '.join(titles)}: the reference holds {has}")
+            found.append(f"no {', '.join(titles)}: the reference holds {has}")
+        found.append(real_pictures(self.extractor.name, self.reference.metadata["name"]))
         return [note for note in found if note]
 
     def record(self, samples: FeatureSet, sampling: Mapping[str, Any] | None) -> dict[str, Any]:

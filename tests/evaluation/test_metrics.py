@@ -129,6 +129,87 @@ class TestFrechet:
             metrics.frechet_distance(good, GaussianStatistics(np.zeros(3), -np.eye(3)))
 
 
+@pytest.fixture(scope="module")
+def kid_mind() -> dict[str, np.ndarray]:
+    return golden("kid_mind_small")
+
+
+class TestKernelDistance:
+    def test_golden(self, kid_mind):
+        first = len(kid_mind["inputs/reference"])
+        pair = kid_mind["inputs/samples"][:first], kid_mind["inputs/reference"]
+        expected = float(kid_mind["outputs/kid_first_rows"])
+        for function in (metrics.kernel_distance, metrics.kid):
+            assert function(*pair) == pytest.approx(expected, rel=1e-10)
+
+    def test_blocks_equal_all_at_once(self, kid_mind):
+        x, y = (kid_mind[f"inputs/{name}"].astype(np.float64) for name in ("samples", "reference"))
+        for other in (None, y):
+            whole = metrics._mean_kernel(x, other)
+            assert metrics._mean_kernel(x, other, block_size=7) == pytest.approx(whole, rel=1e-12)
+
+    def test_is_unbiased(self):
+        """Over many small draws from one distribution the mean is zero, so some are below it."""
+        draws = np.random.default_rng(0).standard_normal((400, 2, 6, 3))
+        found = [metrics.kid(*pair) for pair in draws]
+        assert min(found) < 0 < max(found)
+        assert abs(np.mean(found)) < 3 * np.std(found) / np.sqrt(len(found))
+
+    def test_subsets_of_larger_sets(self, kid_mind, monkeypatch):
+        """Their mean is near the value of all pairs, whose mean it is, and always the same."""
+        pair = kid_mind["inputs/samples"], kid_mind["inputs/reference"]
+        every = metrics.kid(*pair)
+        monkeypatch.setattr(metrics, "SUBSET_SIZE", 20)
+        assert metrics.SUBSETS * 3 * 20**2 < 260**2 + 260 * 300 + 300**2
+        found = metrics.kid(*pair)
+        assert found == metrics.kid(*pair) != every
+        assert found == pytest.approx(every, rel=0.3)
+        monkeypatch.setattr(metrics, "SUBSETS", 1)
+        assert abs(metrics.kid(*pair) - every) > abs(found - every)
+
+
+class TestMind:
+    def test_golden(self, kid_mind):
+        first = len(kid_mind["inputs/reference"])
+        found = metrics.mind(
+            kid_mind["inputs/samples"][:first],
+            kid_mind["inputs/reference"],
+            kid_mind["inputs/directions"],
+        )
+        assert found == pytest.approx(float(kid_mind["outputs/mind_first_rows"]), rel=1e-10)
+
+    def test_other_numbers_of_rows_by_hand(self):
+        """In one dimension: quantiles 0, 6 in halves against 1, 3, 5 in thirds."""
+        x, y = np.array([[6.0], [0.0]]), np.array([[1.0], [5.0], [3.0]])
+        squares = 1 / 3 * 1 + 1 / 6 * 9 + 1 / 6 * 9 + 1 / 3 * 1
+        for directions in ([[1.0]], [[-1.0]]):
+            found = metrics.mind(x, y, np.asarray(directions))
+            assert found == pytest.approx(3 * squares)
+
+    def test_repeated_rows_change_nothing(self, kid_mind):
+        x, y = kid_mind["inputs/samples"], kid_mind["inputs/reference"]
+        directions = kid_mind["inputs/directions"]
+        once = metrics.mind(x, y, directions)
+        assert metrics.mind(np.repeat(x, 3, 0), y, directions) == pytest.approx(once, rel=1e-12)
+
+    def test_random_directions(self, kid_mind):
+        """Near the value of others, the same every time; a shift by δ adds 3·‖δ‖²."""
+        x, y = kid_mind["inputs/samples"], kid_mind["inputs/reference"]
+        found = metrics.mind(x, y)
+        assert found == metrics.mind(x, y)
+        assert found == pytest.approx(metrics.mind(x, y, kid_mind["inputs/directions"]), rel=0.3)
+        assert metrics.mind(x, x) == 0
+        assert metrics.mind(x, x + 1) == pytest.approx(3 * 24, rel=0.1)
+
+
+@pytest.mark.parametrize("function", [metrics.kid, metrics.mind])
+def test_features_that_do_not_fit(function):
+    with pytest.raises(InputError, match="samples: 5 features, but reference has 4"):
+        function(np.zeros((9, 5)), np.zeros((9, 4)))
+    with pytest.raises(InputError, match=r"reference: features of shape \(4,\), expected \(N, D\)"):
+        function(np.zeros((9, 4)), np.zeros(4))
+
+
 class TestInceptionScore:
     def test_golden(self, adm):
         score = metrics.inception_score(adm["inputs/probabilities"], int(adm["inputs/split_size"]))
@@ -190,7 +271,7 @@ class TestPrecisionRecall:
 
     def test_bad_input(self):
         x = np.zeros((10, 4))
-        with pytest.raises(InputError, match=r"samples: features of shape \(3, 4\).*k = 3"):
+        with pytest.raises(InputError, match=r"samples: features of shape \(3, 4\).*N ≥ 4"):
             metrics.precision_recall(x, x[:3])
         with pytest.raises(InputError, match="samples: 3 features, but reference has 4"):
             metrics.precision_recall(x, x[:, :3])

@@ -27,6 +27,7 @@ from ig_jax.experiment import Experiment, make_to_images
 from ig_jax.record import Weights
 from ig_jax.sampling.labels import label_rule
 from ig_jax.sampling.run import make_engine, open_weights
+from ig_jax.storage import weight_files
 from ig_jax.training import loop
 from tests.common import golden, seeded_weights
 from tests.evaluation.common import STEP, on_one_device, save_checkpoint, tiny_config, tiny_params
@@ -101,9 +102,11 @@ class TestDirect:
         extractor = DigitsExtractor()
         real, drawn = extractor(digits_images()[0]).pool, extractor(images)
         found = results[GUIDANCE].metrics
-        assert set(found) == {"fid", "precision", "recall", "label_accuracy"}
+        assert set(found) == {"fid", "kid", "mind", "precision", "recall", "label_accuracy"}
         moments = [statistics.gaussian_statistics(f) for f in (drawn.pool, real)]
         assert found["fid"] == pytest.approx(metrics.frechet_distance(*moments), rel=1e-6)
+        assert found["kid"] == pytest.approx(metrics.kid(drawn.pool, real), rel=1e-6)
+        assert found["mind"] == pytest.approx(metrics.mind(drawn.pool, real), rel=1e-6)
         pair = metrics.precision_recall(real, drawn.pool)
         assert (found["precision"], found["recall"]) == (pair.precision, pair.recall)
         read = drawn.readings.argmax(1)
@@ -162,7 +165,7 @@ class TestDirect:
 
     def test_plot_has_axes_units_and_legend(self, results):
         figure = report.plot(results)
-        assert len(figure.axes) == 2
+        assert len(figure.axes) == 4
         for axes in figure.axes:
             assert axes.get_xlabel() == "IG scale w" and axes.get_ylabel()
             assert axes.get_legend() is not None
@@ -368,7 +371,7 @@ class TestReference:
             reference=str(tmp_path / "mu.npz"),
         )
         assert set(found.metrics) == {"fid"}
-        assert "no precision and recall" in found.notes[0]
+        assert "no kernel distance, sliced distance, precision, recall: the" in found.notes[0]
 
     def test_another_width(self, extractor, data, tmp_path):
         np.savez(tmp_path / "x.npz", mu=np.zeros(5), sigma=np.eye(5))
@@ -442,6 +445,8 @@ class TestBeforeTraining:
         [
             (dict(features="inception"), "inception_path is empty"),
             (dict(features="inception", inception_path="no.pth"), "no.pth.*download https://"),
+            (dict(features="dinov2"), "dinov2_path is empty.*https://"),
+            (dict(features="dinov2", dinov2_path="no.pth"), "no.pth.*download https://"),
             (dict(reference="no.npz"), "no.npz: no such file"),
             (dict(reference="{}"), "holds no .png files"),
             (dict(features="digit"), "config.evaluation.features is 'digit'.*did you mean digits"),
@@ -567,13 +572,15 @@ def test_pictures_by_inception(experiment, tmp_path, monkeypatch):
     for suffix, rows in (("", features.pool), ("_s", features.spatial)):
         found = statistics.gaussian_statistics(rows)
         moments |= {f"mu{suffix}": found.mean, f"sigma{suffix}": found.covariance}
-    np.savez(tmp_path / "adm.npz", arr_0=real, **moments)
+    np.savez(tmp_path / "VIRTUAL_imagenet16_labeled.npz", arr_0=real, **moments)
     for name, pictures in (("drawn", drawn), ("real", real)):
         np.savez(tmp_path / f"{name}.npz", pictures)
-    reference = str(tmp_path / "adm.npz")
+    reference = str(tmp_path / "VIRTUAL_imagenet16_labeled.npz")
     found = score_file(experiment, None, tmp_path / "drawn.npz", tmp_path, reference=reference)
-    assert set(found.metrics) == {"fid", "sfid", "inception_score", "precision", "recall"}
+    expected = {"fid", "sfid", "kid", "mind", "inception_score", "precision", "recall"}
+    assert set(found.metrics) == expected
     read = extractor(drawn)
+    assert found.metrics["kid"] == pytest.approx(metrics.kid(read.pool, features.pool), rel=1e-3)
     for name, rows, other in (
         ("fid", read.pool, features.pool),
         ("sfid", read.spatial, features.spatial),
@@ -584,10 +591,46 @@ def test_pictures_by_inception(experiment, tmp_path, monkeypatch):
     assert found.metrics["inception_score"] == pytest.approx(score, rel=1e-6)
     assert "12 samples with 2048 features" in found.notes[0]
     assert found.protocol["resize"] == "TF1 bilinear to 299x299"
-    assert report.line(found).startswith("FID ")
+    assert report.line(found).startswith("FID ") and ", KID " in report.line(found)
+    assert "real validation pictures of ImageNet score FID 1.68" in found.notes[-1]
     same = score_file(experiment, None, tmp_path / "real.npz", tmp_path, reference=reference)
     assert same.metrics["fid"] < 1e-3 * found.metrics["fid"]
     assert (same.metrics["precision"], same.metrics["recall"]) == (1, 1)
+
+
+def test_pictures_by_dinov2(experiment, tmp_path):
+    """Colour pictures against others, by weights that a config names."""
+    weights = seeded_weights(json.loads(str(golden("dinov2_seeded")["shapes_json"])))
+    weight_files.write_safetensors(tmp_path / "dinov2.safetensors", weights)
+    images = np.random.default_rng(0).integers(0, 256, (24, 16, 16, 3), np.uint8)
+    for name, pictures in (("drawn", images[12:]), ("real", images[:12])):
+        np.savez(tmp_path / f"{name}.npz", pictures)
+    found = score_file(
+        experiment,
+        None,
+        tmp_path / "drawn.npz",
+        tmp_path,
+        reference=str(tmp_path / "real.npz"),
+        features="dinov2",
+        dinov2_path=str(tmp_path / "dinov2.safetensors"),
+    )
+    assert set(found.metrics) == {"fid", "kid", "mind", "precision", "recall"}
+    assert report.line(found).startswith("FD-DINOv2 ")
+    assert found.protocol["features"] == "dinov2-64"
+    assert found.protocol["resize"] == "bicubic with antialias to 224x224"
+
+
+@pytest.mark.parametrize(
+    "extractor, reference, known",
+    [
+        ("inception-2015-12-05", "VIRTUAL_imagenet256_labeled.npz", True),
+        ("inception-2015-12-05", "VIRTUAL_imagenet512.npz", True),
+        ("inception-2015-12-05", "VIRTUAL_lsun_bedroom256.npz", False),
+        ("dinov2-vitl14", "VIRTUAL_imagenet256_labeled.npz", False),
+    ],
+)
+def test_what_real_pictures_score(extractor, reference, known):
+    assert (scoring.real_pictures(extractor, reference) is not None) == known
 
 
 _TWO_PROCESSES = """

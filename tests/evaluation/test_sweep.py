@@ -16,6 +16,7 @@ from ig_jax.errors import InputError
 from ig_jax.evaluation import metrics, race, sweep
 from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation.extractors import DigitsExtractor, digits_images
+from ig_jax.evaluation.features import FeatureSet
 from ig_jax.evaluation.metrics import METRICS, Metric
 from ig_jax.evaluation.race import Round
 from ig_jax.evaluation.statistics import gaussian_statistics
@@ -299,6 +300,19 @@ class TestSearch:
         expected = np.sqrt(accuracy * (1 - accuracy) / count)
         assert expected / 2 < found[0].standard_error < expected * 2
         assert sum(u.wins for u in found) == pytest.approx(1)
+
+    @pytest.mark.parametrize("metric", ["kid", "mind"])
+    def test_distances_for_fewer_samples_decide(self, finished, experiment, metric):
+        workdir, _ = finished
+        config = copy.deepcopy(experiment.config)
+        config.sweep.update(metric=metric, num_samples=64, budget=0)
+        search = self.search(Experiment.from_config(config), workdir)
+        assert set(search.measured) == {"fid", "label_accuracy", metric}
+        entries = search.race()
+        found = [entry.values[-1][metric] for entry in entries[:2]]
+        assert found[0] <= found[1]
+        rows, reference = search.draws(entries[0].guidance, 64), search.scorer.reference
+        assert found[0] == METRICS[metric].compute(FeatureSet.of_rows(rows), reference, None)
 
     def test_a_metric_from_outside_decides(self, finished, experiment, monkeypatch):
         """A row of the table is all that it takes; it sees the pictures if it says so."""
