@@ -100,7 +100,8 @@ SMALL = (
     "--config.train.num_steps=3 --config.train.batch_size=8 --config.sampler.name=ab3 "
     "--config.sampler.num_steps=4 --config.sampler.num_samples=8 --config.sampler.batch_size=64 "
     "--config.guidance.ig_rule=clipped(limit=0.5) --config.evaluation.num_samples=64 "
-    "--config.evaluation.at_end=False --config.sweep.num_samples=64 "
+    "--config.evaluation.at_end=False --config.evaluation.features=digits "
+    "--config.sweep.num_samples=64 "
     "--config.sweep.metric=mean_shift "
     "--config.sweep.ig_scales=(1.0,1.5,2.0) --config.sweep.ig_intervals=(0.0,1.0) "
     "--config.evaluation.ig_scales=() --config.sweep.bootstrap=2 "
@@ -114,9 +115,11 @@ def test_they_train_sample_sweep_and_evaluate_from_the_command_line(files):
     workdir = files / "run"
     done = run(files, *imports, *SMALL.split(), f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    for mode in ("sample", "sweep", "evaluate"):
-        done = run(files, *imports, f"--mode={mode}", f"--workdir={workdir}")
+    pixels = "--config.evaluation.features=raw_pixels"
+    for mode, *options in (["sample"], ["sweep", pixels], ["evaluate"]):
+        done = run(files, *imports, f"--mode={mode}", f"--workdir={workdir}", *options)
         assert done.returncode == 0, done.stderr
+    assert "shift of the mean" in done.stdout
     (record,) = (workdir / "samples").glob("*/protocol.json")
     assert "clipped(limit=0.5)" in record.read_text() and "ab3" in record.read_text()
     best = json.loads((workdir / "sweep" / "sweep.json").read_text())
