@@ -65,6 +65,7 @@ def test_importing_costs_nothing():
 def test_every_name_is_there_for_programs_and_for_type_checkers():
     for name in ig_jax.__all__:
         assert getattr(ig_jax, name).__name__ == name
+    assert [name for name in dir(ig_jax) if name != "__version__"] == sorted(ig_jax.__all__)
     with pytest.raises(AttributeError, match="'smaple'"):
         ig_jax.smaple  # noqa: B018
     tree = ast.parse(pathlib.Path(ig_jax.__file__).read_text())
@@ -125,13 +126,14 @@ def test_inside_other_peoples_jit(model):
     @jax.jit
     def program(scale, seed, labels, first_index):
         guidance = ig_jax.Guidance(scale, cfg_scale=scale)
-        options = dict(seed=seed, first_index=first_index, decoder=ig_jax.Decoder(), **STEPS)
+        decoder = ig_jax.Decoder(Doubling())
+        options = dict(seed=seed, first_index=first_index, decoder=decoder, **STEPS)
         return ig_jax.sample(model, labels, guidance=guidance, **options)
 
     found = program(1.5, 7, jnp.array([1, 2]), 3)
     guidance = ig_jax.Guidance(1.5, cfg_scale=1.5)
     eager = ig_jax.sample(model, [1, 2], guidance=guidance, seed=7, first_index=3, **STEPS)
-    pictures = np.asarray(ig_jax.Decoder()(eager), int)
+    pictures = np.asarray(ig_jax.Decoder(Doubling())(eager), int)
     assert found.dtype == jnp.uint8
     assert np.abs(np.asarray(found, int) - pictures).max() <= 1
 
@@ -192,12 +194,15 @@ def test_decoder_undoes_the_normalisation():
     assert pixels.ravel().tolist() == [0, 0, 128, 255, 255]
     with pytest.raises(InputError, match=r"latents to decode: found shape \(5, 4, 4, 3\)"):
         ig_jax.Decoder(Doubling())(x[..., :3])
+    with pytest.raises(InputError, match=r"pixels to show: found shape \(5, 4, 4, 4\), expected 1"):
+        ig_jax.Decoder()(x)
 
 
 def test_decoder_refuses_what_is_not_finite():
-    x = np.zeros((3, 4, 4, 4), np.float32)
-    x[1, 0, 0, 0] = np.nan
-    for decoder in (ig_jax.Decoder(), ig_jax.Decoder(Doubling())):
+    latents = np.zeros((3, 4, 4, 4), np.float32)
+    latents[1, 0, 0, 0] = np.nan
+    for decoder, channels in ((ig_jax.Decoder(), 3), (ig_jax.Decoder(Doubling()), 4)):
+        x = latents[..., :channels]
         with pytest.raises(InputError, match=r"1 of 3 pictures are not finite \(1\)"):
             decoder(x)
         # Inside `jit` JAX's own way to raise is to be asked for.
@@ -220,6 +225,10 @@ def test_decoder_refuses_what_is_not_finite():
         (dict(path="liner"), "did you mean linear"),
         (dict(prediction="score"), "expected one of velocity, noise, data"),
         (dict(seed=-1), "seed is -1: expected 0…4294967295"),
+        (dict(seed=jax.random.key(0)), r"seed is an array of key<fry> of shape \(\): .*no key of"),
+        (dict(seed=jax.random.PRNGKey(0)), r"seed is an array of uint32 of shape \(2,\): expected"),
+        (dict(guidance=1.5), r"guidance is 1.5: expected ig_jax.Guidance\(ig_scale=…\)"),
+        (dict(decoder="sd-vae"), "decoder is 'sd-vae': expected ig_jax.Decoder"),
         (dict(sampler="dopri5", trajectory=True), "adaptive sampler has no fixed grid"),
     ],
 )
@@ -228,6 +237,12 @@ def test_bad_input_gets_one_line(model, options, message):
     with pytest.raises(InputError, match=message) as caught:
         ig_jax.sample(model, options.pop("labels"), **options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("found", ["sit-xl-2-ig", None, lambda x, t, y: x])
+def test_what_is_no_network_gets_one_line(found):
+    with pytest.raises(InputError, match="model is .*: expected a network, such as load_workdir"):
+        ig_jax.sample(found, [1])
 
 
 def test_what_a_model_cannot_do_is_refused():

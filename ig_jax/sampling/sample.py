@@ -78,10 +78,16 @@ class Decoder:
             (B, H, W, 3) uint8; of a model of pixels (B, h, w, C) uint8.
 
         Raises:
-            InputError: if the channels of `x` are not the autoencoder's, or samples are not finite.
+            InputError: if the channels of `x` are not the autoencoder's, or without one not those
+                of pictures; or if samples are not finite.
         """
         latents = jnp.asarray(x) * self.scale + self.shift
         if self.autoencoder is None:
+            if latents.shape[-1:] not in ((1,), (3,)):
+                raise InputError(
+                    f"pixels to show: found shape {latents.shape}, expected 1 or 3 channels last "
+                    "(latents need a decoder with an autoencoder: ig_jax.load_decoder)"
+                )
             pixels = to_uint8(latents)
         else:
             check_latents(self.autoencoder.spec, latents.shape)
@@ -156,11 +162,13 @@ def sample(
         step (N + 1, B, H, W, C) and its times.
 
     Raises:
-        InputError: a label out of range or labels that are not (B,) integers; an unknown sampler or
-            path; no steps; an IG scale other than 1 for a model without an auxiliary head; CFG for
-            an unconditional model; a scale that is not finite.
+        InputError: an argument of another kind, such as `guidance=1.5`; a label out of range or
+            labels that are not (B,) integers; an unknown sampler or path; no steps; an IG scale
+            other than 1 for a model without an auxiliary head; CFG for an unconditional model; a
+            scale that is not finite.
     """
     guidance = Guidance() if guidance is None else guidance
+    _check_kinds(model, guidance, decoder)
     spec = model.spec
     guidance.check(len(spec.auxiliary_depths), spec.num_classes)
     trained = recipes.family(spec.family).config["loss"]
@@ -238,8 +246,27 @@ def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: i
     return jnp.asarray(labels, jnp.int32)
 
 
+def _check_kinds(model: Any, guidance: Any, decoder: Any) -> None:
+    """Refuses what is mistaken for a network, for guidance or for a decoder."""
+    for name, value, fits, expected in (
+        ("model", model, isinstance(model, nnx.Module), "a network, such as load_workdir(…)"),
+        ("guidance", guidance, isinstance(guidance, Guidance), "ig_jax.Guidance(ig_scale=…)"),
+        ("decoder", decoder, decoder is None or callable(decoder), "ig_jax.Decoder(…) or None"),
+    ):
+        if not fits:
+            known = isinstance(value, bool | int | float | str)
+            found = repr(value) if known else f"of type {type(value).__name__}"
+            raise InputError(f"{name} is {found}: expected {expected}")
+
+
 def _checked(name: str, value: Any, limits: checks.Limits) -> Any:
     """The value, which must be within the limits where it is known: inside `jit` it may not be."""
+    dtype, shape = getattr(value, "dtype", np.dtype(int)), getattr(value, "shape", ())
+    if shape != () or jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise InputError(
+            f"{name} is an array of {dtype} of shape {shape}: expected an integer {limits} (no key "
+            "of jax.random: samples are numbered by seed and index)"
+        )
     if not _traced(value):
         # A concrete array without axes is as good as a number.
         scalar = hasattr(value, "dtype") and value.ndim == 0
