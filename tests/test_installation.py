@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,15 @@ def test_built_in_configs_go_by_name_anywhere(tmp_path, monkeypatch):
     assert extensions.read_config("digits_ig") == by_path
     with pytest.raises(InputError, match="one of cifar10_ig, .*; did you mean digits_ig"):
         extensions.read_config("configs/digit_ig.py")
+
+
+def test_messages_name_configs_as_they_are_found_anywhere():
+    """Only a checkout has a folder of that name."""
+    texts = {path.name: path.read_text() for path in (ROOT / "ig_jax").rglob("*.py")}
+    named = {name: re.findall(r"--config=([\w./]+)", text) for name, text in texts.items()}
+    named = {name: set(found) - {"FILE"} for name, found in named.items() if found}
+    assert {"main.py", "latents.py"} <= set(named)
+    assert not [name for name, found in named.items() if not found <= set(CONFIGS)], named
 
 
 def test_version(capsys):

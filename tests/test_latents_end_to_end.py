@@ -134,5 +134,5 @@ def test_training_without_a_decoder_says_so_at_once(due, pictures, autoencoder, 
 
 def test_a_published_config_without_data_says_how_to_prepare_it(tmp_path):
     config = config_lib.default_config("sit", "xl")
-    with pytest.raises(InputError, match="--mode=prepare.*configs/digits_ig.py"):
+    with pytest.raises(InputError, match="--mode=prepare.*--config=digits_ig "):
         loop.train(config, str(tmp_path / "w"))

@@ -94,10 +94,10 @@ def _no_data(path: str, found: str) -> InputError:
     return InputError(
         f"config.data.path is {path!r}: {found}, expected prepared latents (to sample from "
         f"converted weights, {STATISTICS[-1]} is enough). Prepare them with "
-        "`python -m ig_jax.main --mode=prepare --config=configs/sit_xl_ig.py "
+        "`python -m ig_jax.main --mode=prepare --config=sit_xl_ig "
         "--config.data.images=/path/to/imagenet --config.data.path=/path/to/latents "
         "--config.data.autoencoder_path=/path/to/weights`, or train without any data: "
-        "`python -m ig_jax.main --config=configs/digits_ig.py --workdir=…`"
+        "`python -m ig_jax.main --config=digits_ig --workdir=…`"
     )
 
 

@@ -265,9 +265,9 @@ def test_no_data_says_how_to_prepare_it(tmp_path):
     ):
         with pytest.raises(InputError, match=found) as error:
             latents.open_latents(path)
-        assert "--mode=prepare --config=configs/sit_xl_ig.py --config.data.im" in str(error.value)
+        assert "--mode=prepare --config=sit_xl_ig --config.data.im" in str(error.value)
         assert "--config.data.autoencoder_path=" in str(error.value)
-        assert "configs/digits_ig.py" in str(error.value) and "\n" not in str(error.value)
+        assert "--config=digits_ig " in str(error.value) and "\n" not in str(error.value)
 
 
 def test_latents_of_another_kind(root):
