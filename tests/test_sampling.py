@@ -13,7 +13,7 @@ from ig_jax.models import dit
 from ig_jax.models.functional import split
 from ig_jax.parallel import sharding
 from ig_jax.sampling import run as sampling
-from ig_jax.sampling.engine import Engine, gather
+from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import choose_labels
 from ig_jax.sampling.run import make_engine
 from ig_jax.training import loop
@@ -129,26 +129,6 @@ def test_samples_that_are_not_finite_are_no_pictures(tmp_path, caplog, monkeypat
     with pytest.raises(InputError, match=r"1 of 16 pictures at IG 1.7 are not finite \(3\)"):
         sampling.run(config, str(tmp_path))
     assert not [path for path in (tmp_path / "samples").rglob("*") if path.is_file()]
-
-
-def test_every_process_has_all_samples_in_order(monkeypatch):
-    """Ten samples in batches of four over two processes, the last batch not filled."""
-    from jax.experimental import multihost_utils
-
-    samples = np.arange(20, dtype=np.float32).reshape(10, 2)
-    rows = ([[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], []])
-    parts = [[(np.array(r, int), samples[np.array(r, int)]) for r in own] for own in rows]
-    np.testing.assert_array_equal(gather([(np.arange(10), samples)], 10), samples)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    handed = []
-    monkeypatch.setattr(
-        multihost_utils, "process_allgather", lambda x: handed.append(x) or np.stack([x])
-    )
-    for own in parts:
-        gather(own, 10)
-    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.stack(handed))
-    for own in parts:
-        np.testing.assert_array_equal(gather(own, 10), samples)
 
 
 def test_autoguidance_uses_another_workdirs_network_or_an_older_ema(tmp_path, setup):

@@ -220,8 +220,9 @@ class DataImages:
         return [source.train] + ([source.validation] if source.validation is not None else [])
 
     def fingerprint(self) -> str:
-        """Hash of the size and of examples spread over the data set."""
-        parts: list[str | np.ndarray] = [f"{self.name} {self._source.shape} {len(self)}"]
+        """Hash of the size, of examples spread over the data set, and of how they are decoded."""
+        about = [self.name, list(self._source.shape), len(self), self._to_images.record()]
+        parts: list[str | np.ndarray] = [files.json_digest(about)]
         for part in self._parts:
             for i in np.unique(np.linspace(0, len(part) - 1, 64).astype(int)):
                 example = part[int(i)]

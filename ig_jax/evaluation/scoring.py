@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -30,8 +28,6 @@ FOLDER = "evaluation"
 ADM_IMAGENET = "VIRTUAL_imagenet"
 # Of ImageNet's validation set at 256×256 (Yang et al. 2026, "FD-loss", arXiv 2604.28190).
 REAL_FID = 1.68
-
-log = logging.getLogger("ig_jax")
 
 
 def real_pictures(extractor: str, reference: str) -> str | None:
@@ -188,11 +184,9 @@ class Scorer:
     ) -> dict[str, float]:
         """Computes metrics by name; those that need labels are left out where there are none."""
         found = {}
-        with warnings.catch_warnings():  # `notes` say it
-            warnings.simplefilter("ignore", metrics.FewSamplesWarning)
-            for name in names:
-                if labels is not None or not METRICS[name].labels:
-                    found[name] = float(METRICS[name].compute(samples, self.reference, labels))
+        for name in names:
+            if labels is not None or not METRICS[name].labels:
+                found[name] = float(METRICS[name].compute(samples, self.reference, labels))
         return found
 
     def score(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from ig_jax.diffusion import interpolant, samplers
 from ig_jax.diffusion.field import GuidedVelocity
 from ig_jax.diffusion.guidance import Guidance, Weaker
 from ig_jax.models.functional import Params, merge
-from ig_jax.parallel import sharding
+from ig_jax.parallel import hosts, sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +177,9 @@ class Engine:
         labels: np.ndarray,
     ) -> np.ndarray:
         """As `batches`, but all samples at once, in order, on every process: (N, …)."""
-        return gather(self.batches(params, guidance, seed, indices, labels), len(indices))
+        parts = self.batches(params, guidance, seed, indices, labels)
+        positions, samples = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+        return hosts.in_order(samples, positions, len(indices))
 
     def lower(self, params: Params, guidance: Guidance) -> jax.stages.Lowered:
         """The program that draws one batch, from parameters' shapes alone."""
@@ -186,19 +188,6 @@ class Engine:
         )
         branches, guidance = self.settings.prepare(guidance)
         return self._draw.lower(branches, params, guidance, np.uint32(0), rows, rows)
-
-
-def gather(parts: Iterable[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
-    """All `count` samples, in order and on every process, of the `batches` that each one drew."""
-    positions, samples = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    whole = np.zeros((count, *samples.shape[1:]), samples.dtype)
-    whole[positions] = samples
-    if jax.process_count() == 1:
-        return whole
-    from jax.experimental import multihost_utils
-
-    # Each sample is in one process's array and zero in all others'.
-    return multihost_utils.process_allgather(whole).sum(0)
 
 
 def _local(positions: np.ndarray, drawn: jax.Array, count: int) -> tuple[np.ndarray, np.ndarray]:

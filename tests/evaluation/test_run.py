@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import pathlib
@@ -324,6 +325,13 @@ class TestReference:
         other = DigitsExtractor(seed=1)
         with pytest.raises(TypeError):
             open_reference("", other, data, tmp_path).statistics()
+
+    def test_another_decoder_is_another_reference(self, experiment, source, data):
+        """Also where it has the same name."""
+        to_images = make_to_images(experiment, source)
+        other = dataclasses.replace(to_images, autoencoder_hash="ab")
+        others = images_lib.DataImages(source, other, "digits", (8, 8))
+        assert others.fingerprint() != data.fingerprint()
 
     def test_a_damaged_cache_is_made_again(self, extractor, data, tmp_path, caplog):
         first = open_reference("", extractor, data, tmp_path).statistics()
