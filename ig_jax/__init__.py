@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.convert.pytorch import from_pytorch, to_pytorch
     from ig_jax.convert.workdir import load_workdir
     from ig_jax.diffusion.guidance import Guidance
-    from ig_jax.errors import InputError
+    from ig_jax.errors import InputError, NotFiniteError
     from ig_jax.hub import Pretrained, from_pretrained, load_decoder
     from ig_jax.models.dit import DiT, DiTSpec
     from ig_jax.models.families import add_auxiliary_head
@@ -30,6 +30,7 @@ __all__ = [
     "Guidance",
     "Heads",
     "InputError",
+    "NotFiniteError",
     "Pretrained",
     "Samples",
     "add_auxiliary_head",
@@ -47,7 +48,7 @@ _MODULES = {
     "convert.pytorch": ("from_pytorch", "to_pytorch"),
     "convert.workdir": ("load_workdir",),
     "diffusion.guidance": ("Guidance",),
-    "errors": ("InputError",),
+    "errors": ("InputError", "NotFiniteError"),
     "hub": ("Pretrained", "from_pretrained", "load_decoder"),
     "models.dit": ("DiT", "DiTSpec"),
     "models.families": ("add_auxiliary_head",),

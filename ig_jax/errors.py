@@ -1,8 +1,9 @@
 """The exceptions that users meet, and the exit codes of the command line.
 
 Everything a person can get wrong (a field, a file, a shape) is raised as `InputError` with one line
-that says what was found and what was expected; `ig_jax.main` prints that line without a traceback
-and ends with the exception's exit code.
+that says what was found and what was expected, and a run whose numbers ran away as
+`NotFiniteError`. `ig_jax.main` prints that line without a traceback and ends with the exception's
+exit code.
 """
 
 import enum
@@ -40,7 +41,13 @@ EXIT_CODES = {
 }
 
 
-class InputError(ValueError):
+class OneLineError(Exception):
+    """What a person is told in one line: an `InputError` or a `NotFiniteError`."""
+
+    exit_code: Exit
+
+
+class InputError(OneLineError, ValueError):
     """Bad input: a config field, flag, file or array that is not what it should be."""
 
     exit_code = Exit.BAD_INPUT
@@ -50,8 +57,8 @@ class UnknownNameError(InputError):
     """A name that no row of a table has: mistyped, or of a file that was not imported."""
 
 
-class NotFiniteError(InputError):
-    """NaN or infinite values where a network or a sampler should have given numbers."""
+class NotFiniteError(OneLineError, ArithmeticError):
+    """A run diverged: NaN or infinite values where a loss, a network or a sampler gives numbers."""
 
     exit_code = Exit.NOT_FINITE
 

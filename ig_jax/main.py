@@ -20,7 +20,7 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 import ig_jax  # noqa: E402
 from ig_jax import extensions  # noqa: E402
-from ig_jax.errors import EXIT_CODES, Exit, InputError, Stopped, suggest  # noqa: E402
+from ig_jax.errors import EXIT_CODES, Exit, InputError, OneLineError, Stopped, suggest  # noqa: E402
 from ig_jax.paths import check_workdir  # noqa: E402
 
 START = """\
@@ -50,9 +50,10 @@ Flags
 
 
 def _train(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.training import loop
+    from ig_jax.evaluation import training as evaluation
+    from ig_jax.training import run as training
 
-    return loop.run(config, workdir)
+    return training.run(config, workdir, evaluation.callbacks)
 
 
 def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
@@ -234,7 +235,7 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
         if processes.is_primary():
             print(f"ig_jax: {stop}", file=sys.stderr)
         return stop.exit_code
-    except InputError as error:
+    except OneLineError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
         processes.abandon(error.exit_code)
     except KeyboardInterrupt:
@@ -290,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         if _HELP_FLAGS.isdisjoint(argv) and _argument(argv, "compare") is None:
             define_config(argv)
         app.run(_run, argv, flags_parser=_parse)
-    except InputError as error:
+    except OneLineError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:

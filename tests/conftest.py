@@ -8,7 +8,7 @@ import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA ends the process when a simulated device keeps the others waiting for 40 seconds, which a busy
-# machine may need (programs that wait for each other are `sharding.settle`'s business).
+# machine may need (programs that wait for each other are `sharding.wait_if_simulated`'s business).
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "

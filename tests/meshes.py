@@ -16,7 +16,7 @@ from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
 from ig_jax.sampling.run import make_engine
 from ig_jax.storage.checkpoints import Checkpoints
-from ig_jax.training import loop
+from ig_jax.training.setup import make_programs, open_batches
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
 
@@ -54,18 +54,18 @@ def train_and_draw(
     """Trains from a state on the host (or a new one), then draws from the EMA weights."""
     experiment = experiment_on(config, mesh)
     source = experiment.open_data()
-    programs = loop.make_programs(experiment, source)
+    programs = make_programs(experiment, source)
     if state is None:
         state = programs.init(jax.random.key(1))
     else:
         state = jax.device_put(state, sharding.state_sharding(mesh, state, experiment.layout))
-    batches = loop.open_batches(config, source, mesh, None)
+    batches = open_batches(config, source, mesh)
     batch = next(batches)
     key = jax.jit(lambda: jax.random.key(2), out_shardings=sharding.replicated(mesh))()
     step = programs.step.lower(state, batch, key).compile(QUICKLY)
     losses = []
     for _ in range(STEPS):
-        state, metrics = sharding.settle(step(state, batch, key))
+        state, metrics = sharding.wait_if_simulated(step(state, batch, key))
         losses.append((metrics.loss_final, metrics.loss_auxiliary))
         batch = next(batches)
     indices = np.arange(config.sampler.batch_size * 3 // 2)  # the second batch is half filled
@@ -78,7 +78,7 @@ def train_and_draw(
 def restore(workdir: str, config: ConfigDict, mesh: jax.sharding.Mesh) -> TrainState:
     """The whole state of a workdir's last checkpoint, restored onto a mesh, then as host arrays."""
     experiment = experiment_on(config, mesh)
-    shapes = loop.make_programs(experiment, experiment.open_data()).shapes
+    shapes = make_programs(experiment, experiment.open_data()).shapes
     checkpoints = Checkpoints(workdir, read_only=True)
     state = checkpoints.restore(shapes).state
     checkpoints.close()

@@ -6,7 +6,7 @@ from ml_collections import ConfigDict, config_flags
 
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
-from ig_jax.training import loop
+from ig_jax.training.setup import Setup
 from tests.common import tiny_config
 
 
@@ -103,7 +103,7 @@ def test_a_variance_without_a_loss_is_sampled_from_but_not_trained(tmp_path):
     config.model.learned_sigma = True
     config_lib.validate(config)
     with pytest.raises(InputError, match="config.model.learned_sigma is True: expected False to"):
-        loop.Trainer(config, str(tmp_path))
+        Setup.from_config(config, tmp_path)
     assert not list(tmp_path.iterdir())
     config.optimizer.trainable = "auxiliary_head"  # leaves the final head as it is
     config_lib.check_training(config)
@@ -114,7 +114,7 @@ def test_latents_are_not_mirrored(tmp_path):
     config.data.update(name="latents", flip=True)
     config_lib.validate(config)  # a workdir that was trained so can still be sampled from
     with pytest.raises(InputError, match="config.data.flip is True: expected False for latents"):
-        loop.Trainer(config, str(tmp_path))
+        Setup.from_config(config, tmp_path)
     assert not list(tmp_path.iterdir())
     saved = config.copy_and_resolve_references()
     config.data.flip = False

@@ -18,7 +18,8 @@ from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation import scoring
 from ig_jax.sampling import run as sampling
 from ig_jax.storage import weight_files
-from ig_jax.training import loop
+from ig_jax.training import run as training
+from ig_jax.training.setup import Setup
 from tests.common import golden, seeded_weights, tiny_config
 
 SIZE, PER_CLASS = 16, 24
@@ -86,9 +87,10 @@ def latents(pictures, autoencoder, tmp_path_factory):
 @pytest.mark.parametrize("family", ["sit", "lightningdit"])
 def test_pictures_to_pictures(family, pictures, autoencoder, latents, tmp_path):
     config = make_config(family, pictures, autoencoder, latents)
-    trainer = loop.train(config, str(tmp_path))
-    assert trainer.source.class_names == ("digit", "flower", TEMPLE_TEXT)
-    assert len(trainer.source.train) == 3 * PER_CLASS - 8
+    training.train(config, str(tmp_path))
+    source = Setup.from_config(config, tmp_path).source
+    assert source.class_names == ("digit", "flower", TEMPLE_TEXT)
+    assert len(source.train) == 3 * PER_CLASS - 8
     with Image.open(tmp_path / "samples" / "step_0000004.png") as grid:
         assert grid.mode == "RGB"
 
@@ -115,10 +117,13 @@ def test_a_run_loads_its_decoder_once(pictures, autoencoder, latents, tmp_path, 
     monkeypatch.setattr(experiment, "load_autoencoder", lambda c: loaded.append(c) or load(c))
     opened = types.SimpleNamespace(scorer=lambda: None)
     monkeypatch.setattr(scoring, "open_for_samples", lambda *_: opened)
-    trainer = loop.Trainer(make_config("sit", pictures, autoencoder, latents), str(tmp_path))
+    config = make_config("sit", pictures, autoencoder, latents)
+    config.evaluation.at_end = True
+    setup = Setup.from_config(config, tmp_path)
+    assert len(training.callbacks(setup)) == 3
     for _ in range(2):
-        evaluation.Evaluator.create(trainer.experiment, trainer.source, {}, tmp_path, object())
-    assert trainer.to_images is not None and len(loaded) == 1
+        evaluation.Evaluator.create(setup.experiment, setup.source, {}, tmp_path, object())
+    assert len(loaded) == 1
 
 
 @pytest.mark.parametrize("due", [{"train.sample_every": 4}, {"evaluation.at_end": True}])
@@ -128,11 +133,11 @@ def test_training_without_a_decoder_says_so_at_once(due, pictures, autoencoder, 
     config.update_from_flattened_dict(due)
     config.data.autoencoder_path = ""
     with pytest.raises(InputError, match="config.data.autoencoder_path is empty: expected"):
-        loop.train(config, str(tmp_path / "w"))
+        training.train(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()
 
 
 def test_a_published_config_without_data_says_how_to_prepare_it(tmp_path):
     config = config_lib.default_config("sit", "xl")
     with pytest.raises(InputError, match="--mode=prepare.*--config=digits_ig "):
-        loop.train(config, str(tmp_path / "w"))
+        training.train(config, str(tmp_path / "w"))

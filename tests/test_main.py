@@ -17,7 +17,7 @@ from ig_jax.errors import EXIT_CODES, Exit, InputError, NotFiniteError, Stopped
 from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation import sweep
 from ig_jax.sampling import run as sampling
-from ig_jax.training import loop
+from ig_jax.training import run as training
 from tests.common import tiny_config
 from tests.test_paths import save
 
@@ -145,7 +145,7 @@ def called(monkeypatch):
 
         monkeypatch.setattr(room, "run", stand_in)
 
-    for room in (loop, sampling, evaluation, sweep):
+    for room in (training, sampling, evaluation, sweep):
         replace(room)
     with flagsaver.flagsaver():
         yield calls
@@ -207,10 +207,10 @@ def test_step_and_workdir_that_cannot_be(called, tmp_path, mode, arguments, eval
     ],
 )
 def test_how_a_mode_ends(called, tmp_path, monkeypatch, capsys, error, code, line):
-    def ends(config, workdir):
+    def ends(*_):
         raise error
 
-    monkeypatch.setattr(loop, "run", ends)
+    monkeypatch.setattr(training, "run", ends)
     try:
         ended = call("train", f"--workdir={tmp_path}")
     except SystemExit as leaving:

@@ -14,7 +14,7 @@ from jax.experimental import checkify
 
 import ig_jax
 from ig_jax.diffusion import interpolant, samplers
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.models import functional
 from ig_jax.models.autoencoder import AutoencoderSpec
 from ig_jax.models.pixels import to_uint8
@@ -205,7 +205,7 @@ def test_decoder_refuses_what_is_not_finite():
     latents[1, 0, 0, 0] = np.nan
     for decoder, channels in ((ig_jax.Decoder(), 3), (ig_jax.Decoder(Doubling()), 4)):
         x = latents[..., :channels]
-        with pytest.raises(InputError, match=r"1 of 3 pictures are not finite \(1\)"):
+        with pytest.raises(NotFiniteError, match=r"1 of 3 pictures are not finite \(1\)"):
             decoder(x)
         # Inside `jit` JAX's own way to raise is to be asked for.
         error, pictures = jax.jit(checkify.checkify(decoder))(x)

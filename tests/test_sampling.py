@@ -7,7 +7,7 @@ from flax import nnx
 from PIL import Image
 
 from ig_jax.diffusion.guidance import Guidance, GuidanceOptions
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.experiment import Experiment
 from ig_jax.models import dit
 from ig_jax.models.functional import split
@@ -16,7 +16,7 @@ from ig_jax.sampling import run as sampling
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import choose_labels
 from ig_jax.sampling.run import make_engine
-from ig_jax.training import loop
+from ig_jax.training import run as training
 from tests.common import tiny_config
 
 
@@ -83,7 +83,7 @@ def test_labels():
 
 def test_sample_mode_writes_pictures_and_npz(tmp_path):
     config = tiny_config(num_steps=2)
-    loop.train(config, str(tmp_path))
+    training.train(config, str(tmp_path))
     config.sampler.num_samples = 10
     line = sampling.run(config, str(tmp_path))
     assert "10 samples of step 2" in line
@@ -123,17 +123,17 @@ def test_samples_that_are_not_finite_are_no_pictures(tmp_path, caplog, monkeypat
 
     monkeypatch.setattr(Engine, "batches", diverged)
     config = tiny_config(num_steps=1, sample_every=1, validate_every=0)
-    loop.train(config, str(tmp_path))
+    training.train(config, str(tmp_path))
     assert "no sample grid: 1 of 16 pictures at step 1 are not finite (3)" in caplog.text
     config.guidance.ig_scale = 1.7
-    with pytest.raises(InputError, match=r"1 of 16 pictures at IG 1.7 are not finite \(3\)"):
+    with pytest.raises(NotFiniteError, match=r"1 of 16 pictures at IG 1.7 are not finite \(3\)"):
         sampling.run(config, str(tmp_path))
     assert not [path for path in (tmp_path / "samples").rglob("*") if path.is_file()]
 
 
 def test_autoguidance_uses_another_workdirs_network_or_an_older_ema(tmp_path, setup):
     config = tiny_config(num_steps=2, validate_every=0, checkpoint_every=1)
-    loop.train(config, str(tmp_path))
+    training.train(config, str(tmp_path))
     config.guidance.update(weak=str(tmp_path), ig_scale=2.0)
     engine = make_engine(Experiment.from_config(config))
     _, params = setup

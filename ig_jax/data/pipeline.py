@@ -200,6 +200,11 @@ class DevicePrefetch:
         batch, self.state = self._queue.popleft()
         return batch
 
+    def close(self) -> None:
+        """Stops the iterator's threads and worker processes, and lets go of the batches ahead."""
+        self._queue.clear()
+        self._iterator.close()
+
 
 def model_input(
     batch: dict[str, jax.Array], key: jax.Array, *, shift: np.ndarray, scale: np.ndarray

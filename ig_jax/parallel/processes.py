@@ -241,7 +241,7 @@ def _listen(port: int) -> socket.socket:
     return socket.create_server(("", port), family=family, dualstack_ipv6=ipv6)
 
 
-def _gather(text: str, size: int = 256) -> list[str]:
+def _from_every_process(text: str, size: int = 256) -> list[str]:
     """Every process's text of at most `size` bytes, on all of them."""
     row = np.frombuffer(text.encode().ljust(size), np.uint8)
     return [bytes(row).decode().rstrip() for row in multihost_utils.process_allgather(row)]
@@ -250,11 +250,11 @@ def _gather(text: str, size: int = 256) -> list[str]:
 def _compare(settings: Mapping[str, Any]) -> None:
     """Refuses settings that are not equal in all processes."""
     text = json.dumps(flatten_dict(dict(settings), sep="."), sort_keys=True)
-    hashes = _gather(hashlib.sha256(text.encode()).hexdigest())
+    hashes = _from_every_process(hashlib.sha256(text.encode()).hexdigest())
     if len(set(hashes)) == 1:
         return
-    longest = max(map(int, _gather(str(len(text.encode())))))
-    expected, *others = map(json.loads, _gather(text, longest))
+    longest = max(map(int, _from_every_process(str(len(text.encode())))))
+    expected, *others = map(json.loads, _from_every_process(text, longest))
     jax.distributed.shutdown()  # All at once, so that none is taken for lost.
     other, found = next((i, f) for i, f in enumerate(others, 1) if f != expected)
     fields = [k for k in sorted(expected | found) if found.get(k) != expected.get(k)]
@@ -271,7 +271,7 @@ def _connect(place: Place) -> None:
     _lines = []
     host = socket.gethostname()
     server = _listen(0) if is_primary() else None
-    first = _gather(json.dumps((host, server and server.getsockname()[1])))[0]
+    first = _from_every_process(json.dumps((host, server and server.getsockname()[1])))[0]
     if server:
         threading.Thread(target=_admit, args=(server,), daemon=True).start()
         return

@@ -151,7 +151,7 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
     per_layer = jax.tree.map(lambda p, spec: P(*spec[1:]) if in_scan(p) else P(), layout, specs)
 
     def gather(stack: str, layer: Params) -> Params:
-        return jax.tree.map(_gather, layer, per_layer[stack])
+        return jax.tree.map(_whole, layer, per_layer[stack])
 
     late = {"gather": gather} if fsdp > 1 and any(map(in_scan, jax.tree.leaves(layout))) else {}
 
@@ -159,7 +159,7 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
 
     def run(x: jax.Array, t: jax.Array, y: jax.Array, *, upto: int | None = None) -> Heads:
         def local(params: Params, x: jax.Array, t: jax.Array, y: jax.Array) -> Heads:
-            whole = jax.tree.map(_gather, jax.tree.map(_apart, params, specs), at_once)
+            whole = jax.tree.map(_whole, jax.tree.map(_let_copies_differ, params, specs), at_once)
             return merge(graphdef, whole)(x, t, y, upto=upto, **late)
 
         in_specs = (specs, rows, rows, rows)
@@ -168,7 +168,7 @@ def network(mesh: Mesh, graphdef: nnx.GraphDef, params: Params) -> Network:
     return run
 
 
-def settle(results: Any) -> Any:
+def wait_if_simulated(results: Any) -> Any:
     """Waits for a program's results on simulated devices; elsewhere returns them at once.
 
     The CPU's simulated devices share one pool of threads. A second program in flight can take the
@@ -181,7 +181,7 @@ def settle(results: Any) -> Any:
     return results
 
 
-def over_layers(
+def share_layers(
     mesh: Mesh, function: Callable[[jax.Array], jax.Array], stack: jax.Array
 ) -> jax.Array:
     """Applies a function of whole matrices to a stack of layers, each on a few of the devices.
@@ -226,7 +226,7 @@ def over_layers(
     return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(stack)
 
 
-def by_rows(mesh: Mesh, function: Callable[..., Any], whole: int) -> Callable[..., Any]:
+def map_over_devices(mesh: Mesh, function: Callable[..., Any], whole: int) -> Callable[..., Any]:
     """Runs a function on each device's own rows of a batch, with no word between devices.
 
     Args:
@@ -249,7 +249,7 @@ def by_rows(mesh: Mesh, function: Callable[..., Any], whole: int) -> Callable[..
     return run
 
 
-def _apart(piece: jax.Array, spec: P) -> jax.Array:
+def _let_copies_differ(piece: jax.Array, spec: P) -> jax.Array:
     """Lets copies on several devices differ, so that their gradients are summed here, at the end.
 
     Otherwise that would happen at each use, before the reduce-scatter, where they are larger.
@@ -258,7 +258,7 @@ def _apart(piece: jax.Array, spec: P) -> jax.Array:
     return jax.lax.pcast(piece, copies, to="varying") if copies else piece
 
 
-def _gather(piece: jax.Array, spec: P) -> jax.Array:
+def _whole(piece: jax.Array, spec: P) -> jax.Array:
     """Makes an array whole from the pieces on this `fsdp` group's devices."""
     if "fsdp" not in spec:
         return piece

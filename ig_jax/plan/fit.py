@@ -27,7 +27,7 @@ from ig_jax.plan import topology
 from ig_jax.plan.hlo import Collective, collectives
 from ig_jax.plan.topology import GIB
 from ig_jax.sampling.run import make_engine
-from ig_jax.training import loop
+from ig_jax.training.setup import make_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
         if not program.fits and advice is not None:
             change = _smallest_change(program.name, config, devices, memory)
             advice = None if change is None else advice | change
-    shapes = loop.make_programs(experiment, _shapes_only(experiment)).shapes
+    shapes = make_programs(experiment, _shapes_only(experiment)).shapes
     mesh = experiment.mesh.shape
     return Report(
         devices=(
@@ -255,7 +255,7 @@ def _describe(config: ConfigDict, batch: Mapping[str, jax.ShapeDtypeStruct]) -> 
 
 def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
     """The train step of an experiment, lowered for its mesh from shapes alone."""
-    programs = loop.make_programs(experiment, _shapes_only(experiment))
+    programs = make_programs(experiment, _shapes_only(experiment))
     key = jax.eval_shape(lambda: jax.random.key(0))
     return programs.step.lower(programs.shapes, _batch(experiment), key)
 

@@ -118,7 +118,7 @@ class Engine:
                 return draw(self.settings, branches, False, *arguments)[0]
 
             # Weights are gathered once a batch, not at each of its hundreds of evaluations.
-            return sharding.by_rows(self.mesh, rows, whole=3)(*arguments)
+            return sharding.map_over_devices(self.mesh, rows, whole=3)(*arguments)
 
         return jax.jit(draw_all, static_argnums=0, out_shardings=sharding.batch_sharding(self.mesh))
 
@@ -164,7 +164,7 @@ class Engine:
             )
             if pending is not None:
                 yield _local(*pending, len(indices))
-            pending = positions[rows], sharding.settle(drawn)
+            pending = positions[rows], sharding.wait_if_simulated(drawn)
         if pending is not None:
             yield _local(*pending, len(indices))
 

@@ -79,7 +79,8 @@ class Decoder:
 
         Raises:
             InputError: if the channels of `x` are not the autoencoder's, or without one not those
-                of pictures; or if samples are not finite.
+                of pictures.
+            NotFiniteError: if samples are not finite.
         """
         latents = jnp.asarray(x) * self.scale + self.shift
         if self.autoencoder is None:

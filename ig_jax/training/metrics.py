@@ -69,7 +69,8 @@ class StepClock:
     """Measures the time that training steps take; work beside them stops it."""
 
     def __init__(self) -> None:
-        self._seconds, self._since = 0.0, time.monotonic()
+        self._seconds = 0.0
+        self._since: float | None = time.monotonic()
 
     @contextlib.contextmanager
     def stopped(self, pending: Any) -> Iterator[None]:
@@ -79,7 +80,8 @@ class StepClock:
             pending: what the last step returns. Devices may still be at it, so that is awaited.
         """
         jax.block_until_ready(pending)
-        self._seconds += time.monotonic() - self._since
+        self._count()
+        self._since = None
         try:
             yield
         finally:
@@ -87,7 +89,11 @@ class StepClock:
 
     def lap(self) -> float:
         """Seconds that counted since the last lap."""
-        now = time.monotonic()
-        seconds = self._seconds + now - self._since
-        self._seconds, self._since = 0.0, now
+        self._count()
+        seconds, self._seconds = self._seconds, 0.0
         return seconds
+
+    def _count(self) -> None:
+        if self._since is not None:
+            now = time.monotonic()
+            self._seconds, self._since = self._seconds + now - self._since, now

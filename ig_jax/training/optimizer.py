@@ -85,7 +85,7 @@ def make_optimizer(
     Args:
         options: see `OptimizerOptions`.
         layout: what the network declares of its float32 parameters (`network.layout`).
-        map_matrices: how Muon's iteration reaches the devices, such as `sharding.over_layers`.
+        map_matrices: how Muon's iteration reaches the devices, such as `sharding.share_layers`.
 
     Returns:
         Clip by global norm, then the rule of each parameter group. The state is float32; frozen

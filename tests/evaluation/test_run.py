@@ -17,11 +17,12 @@ from PIL import Image
 from ig_jax import config as config_lib
 from ig_jax import record
 from ig_jax.convert.inception import inception_params
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.evaluation import extractors, metrics, report, scoring, statistics
 from ig_jax.evaluation import images as images_lib
 from ig_jax.evaluation import reference as reference_lib
 from ig_jax.evaluation import run as evaluation
+from ig_jax.evaluation import training as during
 from ig_jax.evaluation.extractors import DigitsExtractor, InceptionExtractor, digits_images
 from ig_jax.evaluation.reference import open_reference
 from ig_jax.experiment import Experiment, make_to_images
@@ -29,7 +30,7 @@ from ig_jax.record import Weights
 from ig_jax.sampling.labels import label_rule
 from ig_jax.sampling.run import make_engine, open_weights
 from ig_jax.storage import weight_files
-from ig_jax.training import loop
+from ig_jax.training import run as training
 from tests.common import golden, seeded_weights
 from tests.evaluation.common import STEP, on_one_device, save_checkpoint, tiny_config, tiny_params
 
@@ -216,7 +217,7 @@ class TestDirect:
 
     def test_not_finite(self, experiment, source, params, tmp_path):
         broken = {**params, "position": params["position"] * np.nan}
-        with pytest.raises(InputError, match="64 of 64 pictures at IG 0 are not finite"):
+        with pytest.raises(NotFiniteError, match="64 of 64 pictures at IG 0 are not finite"):
             evaluation.evaluate(experiment, Weights(broken), source)
         # Training goes on: it may yet mend that.
         assert evaluation.TrainingEvaluation(experiment, source, tmp_path)(broken) == {}
@@ -464,7 +465,7 @@ class TestBeforeTraining:
         config = tiny_config()
         config.evaluation.update({k: v.format(tmp_path) for k, v in fields.items()}, at_end=True)
         with pytest.raises(InputError, match=message):
-            loop.train(config, str(tmp_path / "run"))
+            training.train(config, str(tmp_path / "run"), during.callbacks)
         assert not (tmp_path / "run").exists()
 
     def test_a_reference_of_another_resolution(self, experiment, source, tmp_path):

@@ -11,7 +11,7 @@ from ig_jax.errors import InputError
 from ig_jax.evaluation import extractors, metrics, run
 from ig_jax.pictures import read_image
 from ig_jax.sampling import run as sampling
-from ig_jax.training import loop
+from ig_jax.training import run as training
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def trained(tmp_path_factory):
     config.sampler.update(name="heun", num_steps=3, num_samples=64, batch_size=64)
     config.evaluation.update(num_samples=64, ig_scales=(0.0, 1.0))
     workdir = tmp_path_factory.mktemp("toy")
-    loop.train(config, str(workdir))
+    training.train(config, str(workdir))
     return config, workdir
 
 

@@ -19,9 +19,9 @@ from ig_jax.parallel import sharding
 from ig_jax.plan import fit
 from ig_jax.plan.hlo import collectives
 from ig_jax.storage.checkpoints import Checkpoints
-from ig_jax.training import loop
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
+from ig_jax.training.setup import make_programs
 from tests import meshes
 
 ADAMW = optimizer_lib.OptimizerOptions()
@@ -35,7 +35,7 @@ def mesh_of(data, fsdp):
 @functools.cache
 def initial():
     experiment = meshes.experiment_on(meshes.wide_config(), mesh_of(1, 8))
-    programs = loop.make_programs(experiment, experiment.open_data())
+    programs = make_programs(experiment, experiment.open_data())
     return jax.device_get(programs.init(jax.random.key(1)))
 
 
@@ -204,7 +204,7 @@ def test_layers_shared_out_over_devices_are_exact(shape, layers):
     layout = {"stack": Parameter(x.shape, stacked=True)}
     place = sharding.state_sharding(mesh, {"stack": x}, layout)["stack"]
     assert ("fsdp" in place.spec) == (shape[1] > 1)
-    run = jax.jit(functools.partial(sharding.over_layers, mesh, iterate), out_shardings=place)
+    run = jax.jit(functools.partial(sharding.share_layers, mesh, iterate), out_shardings=place)
     found = run(jax.device_put(x, place))
     np.testing.assert_allclose(found, jax.jit(iterate)(x), atol=1e-5)
     text = run.lower(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)).compile().as_text()
@@ -231,14 +231,14 @@ def test_muon_on_eight_devices_equals_one():
 
     def train(mesh):
         transform = optimizer_lib.make_optimizer(
-            options, layout, functools.partial(sharding.over_layers, mesh)
+            options, layout, functools.partial(sharding.share_layers, mesh)
         )
         places = sharding.state_sharding(mesh, params, layout)
         place = functools.partial(jax.device_put, device=places)
         update = jax.jit(transform.update, compiler_options=meshes.QUICKLY)
         moved, state = place(params), transform.init(place(params))
         for gradient in gradients:
-            updates, state = sharding.settle(update(place(gradient), state, moved))
+            updates, state = sharding.wait_if_simulated(update(place(gradient), state, moved))
             moved = jax.tree.map(jnp.add, moved, updates)
         return jax.device_get(moved)
 

@@ -1,20 +1,30 @@
+import contextlib
 import dataclasses
 import functools
+import itertools
+import json
+import signal
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from clu.metric_writers import async_writer
 
 from ig_jax.data import pipeline
 from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, NotFiniteError, Stopped
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
-from ig_jax.storage.checkpoints import Checkpoints, saved_config
-from ig_jax.training import loop
+from ig_jax.storage.checkpoints import Checkpoints, Score, saved_config
+from ig_jax.training import loop, run
+from ig_jax.training import setup as setup_lib
 from ig_jax.training import state as state_lib
+from ig_jax.training.callbacks import Callback, Profile
+from ig_jax.training.setup import Setup
+from ig_jax.training.validation import Validation, held_out_batches
 from tests.common import tiny_config
 
 
@@ -37,26 +47,37 @@ def uninterrupted(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("uninterrupted")
     config = tiny_config()
     config.data.path = NOT_UTF8  # of digits nothing is read there
-    loop.train(config, str(workdir))
+    run.train(config, str(workdir))
     return workdir
 
 
+def with_step(setup, wrap):
+    """The setup with another training step, made of its own."""
+    programs = dataclasses.replace(setup.programs, step=wrap(setup.programs.step))
+    return dataclasses.replace(setup, programs=programs)
+
+
+class Signal(Callback):
+    """SIGTERM, as a cluster sends it, after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step(self, moment):
+        if moment.step == self.step:
+            signal.raise_signal(signal.SIGTERM)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 5])
-def test_a_stopped_run_continues_bit_for_bit(uninterrupted, tmp_path, stop_at, monkeypatch):
+def test_a_stopped_run_continues_bit_for_bit(uninterrupted, tmp_path, stop_at):
     """Stopped by a signal at any step, also between regular checkpoints."""
-    trainer = loop.Trainer(tiny_config(), str(tmp_path))
-    step, taken = trainer.programs.step, []
-
-    def counting(*arguments):
-        taken.append(1)
-        trainer._stop = len(taken) == stop_at
-        return step(*arguments)
-
-    object.__setattr__(trainer.programs, "step", counting)
-    with pytest.raises(loop.Stopped):
-        trainer.run()
+    setup = Setup.from_config(tiny_config(), tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match=f"^stopped at step {stop_at}, checkpoint saved; the same"):
+        loop.train(setup, [Signal(stop_at), Validation(setup)])
+    assert signal.getsignal(signal.SIGTERM) is handler
     assert Checkpoints(str(tmp_path), read_only=True).steps()[-1] == stop_at
-    loop.train(tiny_config(), str(tmp_path))
+    run.train(tiny_config(), str(tmp_path))
     for ema in (True, False):
         assert_equal(
             weights(tmp_path, tiny_config(), ema=ema),
@@ -75,12 +96,12 @@ def test_checkpoints_keep_the_last_ones_and_the_best(uninterrupted):
         checkpoints.step(4)
 
 
-def test_seeds_differ_and_training_learns(tmp_path):
+def test_training_learns(tmp_path):
     config = tiny_config(num_steps=60, checkpoint_every=60, validate_every=0)
-    trainer = loop.train(config, str(tmp_path / "a"))
-    before = loop.Trainer(config, str(tmp_path / "b"))
-    initial = before.programs.init(jax.random.key(0)).params
-    assert trainer._validation_loss(trainer.ema) < 0.9 * before._validation_loss(initial)
+    setup = Setup.from_config(config, tmp_path)
+    initial = setup.programs.init(jax.random.key(0)).params
+    held_out = Validation(setup)
+    assert held_out.loss(loop.train(setup).ema) < 0.9 * held_out.loss(initial)
 
 
 def experiment_on(mesh_shape, **changes):
@@ -103,9 +124,9 @@ def losses(mesh_shape, steps=5):
     """Losses of the first steps on a mesh."""
     experiment = experiment_on(mesh_shape)
     source = experiment.open_data()
-    programs = loop.make_programs(experiment, source)
+    programs = setup_lib.make_programs(experiment, source)
     state = programs.init(jax.random.key(1))
-    batches = loop.open_batches(experiment.config, source, experiment.mesh, None)
+    batches = setup_lib.open_batches(experiment.config, source, experiment.mesh)
     found = []
     for _ in range(steps):
         state, metrics = programs.step(state, next(batches), jax.random.key(2))
@@ -129,10 +150,10 @@ def test_accumulation_is_a_mean_over_microbatches(monkeypatch):
     experiment = experiment_on((1, 1))
     source = experiment.open_data()
     params = random_params(experiment)
-    batch = next(loop.open_batches(experiment.config, source, experiment.mesh, None))
+    batch = next(setup_lib.open_batches(experiment.config, source, experiment.mesh))
 
     def gradient(accumulate):
-        options = loop.step_options(tiny_config(accumulate=accumulate), 10, source)
+        options = setup_lib.step_options(tiny_config(accumulate=accumulate), 10, source)
         bind = functools.partial(sharding.network, experiment.mesh, experiment.graphdef)
         return jax.jit(state_lib.make_gradient(bind, options))(params, batch, jax.random.key(0), 0)
 
@@ -142,17 +163,20 @@ def test_accumulation_is_a_mean_over_microbatches(monkeypatch):
 
 
 def test_initialisation_and_steps_share_no_key(tmp_path):
-    trainer = loop.Trainer(tiny_config(), str(tmp_path))
-    keys = {}
+    setup, keys = Setup.from_config(tiny_config(), tmp_path), {}
 
     def init(key):
         keys["initialisation"] = key
+        return setup.programs.init(key)
+
+    def step(state, batch, key):
+        keys["training"] = key
         raise KeyboardInterrupt
 
-    object.__setattr__(trainer.programs, "init", init)
+    programs = dataclasses.replace(setup.programs, init=init, step=step)
     with pytest.raises(KeyboardInterrupt):
-        trainer.run()
-    steps = jax.vmap(jax.random.fold_in, (None, 0))(trainer.key, jnp.arange(1000))
+        loop.train(dataclasses.replace(setup, programs=programs))
+    steps = jax.vmap(jax.random.fold_in, (None, 0))(keys["training"], jnp.arange(1000))
     used = jax.random.key_data(steps).tolist()
     assert jax.random.key_data(keys["initialisation"]).tolist() not in used
 
@@ -162,7 +186,7 @@ def test_validation_sees_every_time_at_any_batch_size(batch_size):
     source = experiment_on((1, 1)).open_data()
     count = len(source.validation)
     for path in interpolant.INTERPOLANTS.values():
-        batches = list(loop.held_out_batches(source, path, batch_size))
+        batches = list(held_out_batches(source, path, batch_size))
         fields = ("index", "time", "weight")
         rows = {name: np.concatenate([getattr(b, name) for b in batches]) for name in fields}
         kept = rows["weight"] > 0
@@ -172,20 +196,20 @@ def test_validation_sees_every_time_at_any_batch_size(batch_size):
         # Up to a step of the VP path, whose numbers are rounded there.
         np.testing.assert_allclose(np.sort(times), expected, atol=1.01e-3)
         # Examples may be sorted by class: no run of them sees one part of the times alone.
-        for run in np.split(times[: count // 10 * 10], 10):
-            assert run.min() < 0.5 < run.max()
+        for part in np.split(times[: count // 10 * 10], 10):
+            assert part.min() < 0.5 < part.max()
         if path.name == "vp":
             np.testing.assert_allclose(times * 1000, np.round(times * 1000), atol=1e-3)
 
 
-def test_validation_loss_does_not_depend_on_the_batch_size():
+def test_validation_loss_does_not_depend_on_the_batch_size(tmp_path):
     found = []
     for batch_size in (4, 8, 32):
         experiment = experiment_on((1, 1), batch_size=batch_size)
         source = experiment.open_data()
-        programs = loop.make_programs(experiment, source)
-        params = random_params(experiment)
-        found.append(loop.validation_loss(programs, experiment, source, params))
+        programs = setup_lib.make_programs(experiment, source)
+        held_out = Validation(Setup(experiment, source, programs, tmp_path))
+        found.append(held_out.loss(random_params(experiment)))
     np.testing.assert_allclose(found, found[0], rtol=1e-5)
 
 
@@ -194,27 +218,117 @@ def test_another_config_is_refused_and_nothing_is_written(uninterrupted):
     config = tiny_config()
     config.optimizer.learning_rate = 2e-3
     with pytest.raises(InputError, match="optimizer.learning_rate is 0.002, the checkpoint has"):
-        loop.train(config, str(uninterrupted))
+        run.train(config, str(uninterrupted))
     assert sorted(str(p) for p in uninterrupted.rglob("*")) == before
+
+
+def poisoned_at(number):
+    """Makes a training step that meets a batch of NaN the `number`-th time."""
+
+    def wrap(step):
+        taken = itertools.count(1)
+
+        def poisoned(state, batch, key):
+            bad = next(taken) == number
+            return step(state, batch | {"x": batch["x"] * np.nan} if bad else batch, key)
+
+        return poisoned
+
+    return wrap
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
     config = tiny_config(num_steps=9)
-    trainer = loop.Trainer(config, str(tmp_path))
-    step, taken = trainer.programs.step, []
-
-    def poisoned(state, batch, key):
-        taken.append(1)
-        if len(taken) == 5:
-            batch = batch | {"x": batch["x"] * np.nan}
-        return step(state, batch, key)
-
-    object.__setattr__(trainer.programs, "step", poisoned)
-    with pytest.raises(InputError, match="the loss is not finite at step 5: training stopped"):
-        trainer.run()
+    setup = with_step(Setup.from_config(config, tmp_path), poisoned_at(5))
+    message = "the loss is not finite at step 5: training stopped.*the last good checkpoint in"
+    with pytest.raises(NotFiniteError, match=message) as caught:
+        loop.train(setup)
+    assert not isinstance(caught.value, InputError)  # nobody typed anything wrong
     assert Checkpoints(str(tmp_path), read_only=True).steps() == [3]
     leaves = jax.tree.leaves(weights(tmp_path, config))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+class Raising(Callback):
+    """An error of a callback's own, in the second step."""
+
+    def on_step(self, moment):
+        if moment.step == 2:
+            raise KeyError("callback")
+
+
+ENDINGS = {
+    "at the end": (None, None, None),
+    "stopped": (Signal(2), None, Stopped),
+    "diverged": (None, poisoned_at(2), NotFiniteError),
+    "failed": (Raising(), None, KeyError),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_was_opened_is_closed_however_a_run_ends(ending, tmp_path, monkeypatch):
+    closed = []
+
+    def watch(owner, name):
+        close = owner.close
+        monkeypatch.setattr(owner, "close", lambda self: (closed.append(name), close(self))[1])
+
+    class Watched(Callback):
+        pass
+
+    setup = Setup.from_config(tiny_config(num_steps=3, log_every=1), tmp_path)
+    watch(Watched, "callback")
+    watch(async_writer.AsyncMultiWriter, "writer")
+    watch(Checkpoints, "checkpoints")
+    watch(pipeline.BatchIterator, "data")
+    callback, wrap, error = ENDINGS[ending]
+    setup = with_step(setup, wrap) if wrap else setup
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        loop.train(setup, [Watched(), *filter(None, [callback])])
+    assert sorted(closed) == ["callback", "checkpoints", "data", "writer"]
+
+
+class Evaluation(Callback):
+    """Scores of its own every fourth step."""
+
+    saves = True
+
+    def due(self, step, saving):
+        return step % 4 == 0
+
+    def on_due(self, moment):
+        return Score("mine", float(moment.step))
+
+    def on_end(self, step, ema):
+        return f"{len(ema)} parameters"
+
+
+def test_a_callback_ranks_the_step_that_it_has_saved(tmp_path):
+    setup = Setup.from_config(tiny_config(num_steps=5, checkpoint_every=100), tmp_path)
+    trained = loop.train(setup, [Validation(setup), Evaluation(), Callback()])
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert checkpoints.steps() == [4, 5] and trained.step == 5
+    scores = [
+        json.loads((checkpoints.directory / str(step) / "metrics" / "metrics").read_text())
+        for step in (4, 5)
+    ]
+    assert scores[0] == {"mine": 4.0} and list(scores[1]) == ["validation_loss"]
+    assert trained.said == (f"{len(trained.ema)} parameters",)
+
+
+def test_a_profile_is_ended_with_the_run(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+    moments = [types.SimpleNamespace(step=step, metrics=()) for step in range(1, 10)]
+    for last, expected in ((9, ["stop"]), (4, []), (2, [])):
+        calls.clear()
+        profile = Profile(tmp_path, first=3)
+        for moment in moments[:last]:
+            profile.on_step(moment)
+        assert calls[1:] == expected
+        profile.close()
+        assert calls == ([str(tmp_path), "stop"] if last > 2 else [])
 
 
 def test_data_that_does_not_fit_the_model():
@@ -231,5 +345,5 @@ def test_nothing_is_written_where_workers_lack_shared_memory(tmp_path, monkeypat
     config = tiny_config()
     config.data.num_workers = 1
     with pytest.raises(InputError, match="config.data.num_workers is 1"):
-        loop.run(config, str(tmp_path / "w"))
+        run.train(config, str(tmp_path / "w"))
     assert not (tmp_path / "w").exists()

@@ -1,15 +1,19 @@
 """What a run writes about itself is what happened: its speed, its options, its steps."""
 
+import dataclasses
 import types
 
 import numpy as np
 import pytest
 from clu import metric_writers
 
-from ig_jax.errors import InputError
-from ig_jax.evaluation import run as evaluation
-from ig_jax.training import loop
+from ig_jax.data.source import DataSource
+from ig_jax.errors import NotFiniteError
+from ig_jax.training import loop, run
 from ig_jax.training import metrics as metrics_lib
+from ig_jax.training.callbacks import Callback
+from ig_jax.training.setup import Setup
+from ig_jax.training.validation import Validation
 from tests.common import tiny_config
 
 
@@ -70,51 +74,71 @@ def test_the_clock_stands_still_beside_the_steps(clock):
     assert steps.lap() == 2
 
 
-def test_speed_is_that_of_the_steps_alone(clock, written, tmp_path):
+class Slow(Callback):
+    """Pictures, say: due every third step, and as slow as they can be."""
+
+    def __init__(self, clock):
+        self.on_due = clock.taking(1000, lambda moment: None)
+
+    def due(self, step, saving):
+        return step % 3 == 0
+
+
+def test_speed_is_that_of_the_steps_alone(clock, written, tmp_path, monkeypatch):
     """A step takes half a second; validation, pictures and saving take minutes."""
-    config = tiny_config(log_every=1, validate_every=2, sample_every=3, checkpoint_every=3)
-    trainer = loop.Trainer(config, str(tmp_path))
-    trainer._validation_loss = clock.taking(100, lambda params: 1.0)
-    trainer._sample_grid = clock.taking(1000, lambda params, step: None)
-    trainer.source = types.SimpleNamespace(
-        train=trainer.source.train,
-        validation=trainer.source.validation,
-        facts=clock.taking(10_000, trainer.source.facts),
-    )
-    object.__setattr__(trainer.programs, "step", clock.taking(0.5, trainer.programs.step))
-    trainer.run()
+    config = tiny_config(log_every=1, validate_every=2, checkpoint_every=3)
+    setup = Setup.from_config(config, tmp_path)
+    monkeypatch.setattr(Validation, "loss", clock.taking(100, lambda self, params: 1.0))
+    monkeypatch.setattr(DataSource, "facts", clock.taking(10_000, DataSource.facts))
+    step = clock.taking(0.5, setup.programs.step)
+    setup = dataclasses.replace(setup, programs=dataclasses.replace(setup.programs, step=step))
+    loop.train(setup, [Validation(setup), Slow(clock)])
     assert [written.scalars[step]["steps_per_second"] for step in range(1, 7)] == [2.0] * 6
     assert [written.scalars[step]["images_per_second"] for step in range(1, 7)] == [64.0] * 6
     assert clock.now > 20_000
 
 
-def test_a_continued_run_records_what_it_does_and_not_what_was_asked(
-    written, tmp_path, monkeypatch, caplog
-):
-    evaluated = []
-    monkeypatch.setattr(
-        evaluation, "at_end", lambda *given: evaluated.append(given[1].step) or "scored"
-    )
-    monkeypatch.setattr(loop.Trainer, "sample_scales", lambda *_: "grid.png")
-    config = tiny_config(num_steps=2, validate_every=0)
-    config.evaluation.at_end = True
-    assert loop.run(config, str(tmp_path)).startswith("trained 2 steps; scored")
-    config.train.num_steps = 3
-    assert loop.run(config, str(tmp_path)).startswith("trained 3 steps; scored")
+def test_a_continued_run_records_what_it_does_and_not_what_was_asked(written, tmp_path, caplog):
+    ended = []
+
+    class Evaluation(Callback):
+        def on_end(self, step, ema):
+            ended.append(step)
+            return "scored"
+
+    def train(num_steps):
+        config = tiny_config(num_steps=num_steps, validate_every=0, sample_every=3)
+        return run.run(config, str(tmp_path), lambda *_: [Evaluation()])
+
+    assert train(2) == "trained 2 steps; scored"
+    assert train(3) == "trained 3 steps; scored"
     assert [found["train.num_steps"] for found in written.hparams] == [2, 3]
-    config.train.num_steps = 1
-    assert loop.run(config, str(tmp_path)).startswith("trained 3 steps; scored")
+    assert train(1) == "trained 3 steps; scored"
     assert "nothing to train: config.train.num_steps is 1" in caplog.text
-    assert evaluated == [2, 3, 3]
+    assert ended == [2, 3, 3]
+    grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert grids == ["step_0000002.png", "step_0000003.png"]
+
+
+def test_the_last_line_and_the_grid_of_scales(written, tmp_path):
+    config = tiny_config(num_steps=1, validate_every=0)
+    line = run.run(config, str(tmp_path), lambda *_: [])
+    assert line == f"trained 1 steps; checkpoints, samples and logs are in {tmp_path}"
+    config.evaluation.at_end = True
+    path = tmp_path / "samples" / "scales.png"
+    assert run.run(config, str(tmp_path), lambda *_: []) == (
+        f"trained 1 steps; the same noise at each: {path}"
+    )
+    assert path.exists()
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_promises_none(tmp_path):
-    trainer = loop.Trainer(tiny_config(), str(tmp_path))
-    step = trainer.programs.step
+    setup = Setup.from_config(tiny_config(), tmp_path)
 
     def poisoned(state, batch, key):
-        return step(state, batch | {"x": batch["x"] * np.nan}, key)
+        return setup.programs.step(state, batch | {"x": batch["x"] * np.nan}, key)
 
-    object.__setattr__(trainer.programs, "step", poisoned)
-    with pytest.raises(InputError, match="not finite at step 1: .*; there is no checkpoint yet"):
-        trainer.run()
+    programs = dataclasses.replace(setup.programs, step=poisoned)
+    message = "not finite at step 1: .*; there is no checkpoint yet"
+    with pytest.raises(NotFiniteError, match=message):
+        loop.train(dataclasses.replace(setup, programs=programs))

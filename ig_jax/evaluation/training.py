@@ -1,0 +1,57 @@
+"""Evaluation as a part of training: the loop's callbacks for `config.evaluation`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ig_jax.evaluation import run as evaluation
+from ig_jax.experiment import ToImages
+from ig_jax.models.functional import Params
+from ig_jax.record import Weights
+from ig_jax.sampling.engine import Engine
+from ig_jax.storage.checkpoints import Score
+from ig_jax.training.callbacks import Callback, Moment, is_due
+from ig_jax.training.setup import Setup
+
+
+class DuringTraining(Callback):
+    """Scores every `config.evaluation.every` steps, which rank checkpoints."""
+
+    saves = True
+
+    def __init__(self, setup: Setup, engine: Engine):
+        self._every = setup.config.evaluation.every
+        self._evaluate = evaluation.TrainingEvaluation(
+            setup.experiment, setup.source, setup.workdir, engine
+        )
+
+    def due(self, step: int, saving: bool) -> bool:
+        return is_due(self._every, step)
+
+    def on_due(self, moment: Moment) -> Score | None:
+        scores = self._evaluate(moment.state.ema)
+        named = {f"evaluation/{name}": value for name, value in scores.items()}
+        moment.writer.write_scalars(moment.step, named)
+        return Score(self._evaluate.score_name, scores["fid"]) if scores else None
+
+
+class AtEnd(Callback):
+    """Scores of the trained weights at each of `config.evaluation.ig_scales`, in a report."""
+
+    def __init__(self, setup: Setup, engine: Engine):
+        self._setup, self._engine = setup, engine
+        evaluation.check(setup.experiment, setup.source)  # what it will need, before training
+
+    def on_end(self, step: int, ema: Params) -> str:
+        setup = self._setup
+        weights = Weights(ema, step, True, setup.config.train.ema_decay)
+        return evaluation.at_end(
+            setup.experiment, weights, setup.source, setup.workdir, self._engine
+        )
+
+
+def callbacks(setup: Setup, engine: Engine, to_images: ToImages) -> Sequence[Callback]:
+    """What `config.evaluation` asks of training; raises `InputError` if something is missing."""
+    wanted = setup.config.evaluation
+    found: list[Callback] = [DuringTraining(setup, engine)] if wanted.every else []
+    return found + ([AtEnd(setup, engine)] if wanted.at_end else [])

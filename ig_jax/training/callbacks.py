@@ -1,0 +1,166 @@
+"""What happens beside the steps of training: the one protocol for all of it, the report of metrics
+and the profile. Validation, sample grids and evaluation are callbacks in files of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax import console
+from ig_jax.errors import NotFiniteError
+from ig_jax.models.functional import Params
+from ig_jax.storage.checkpoints import Checkpoints, Score
+from ig_jax.training.metrics import StepClock, TrainMetrics, report
+from ig_jax.training.optimizer import learning_rate_schedule
+from ig_jax.training.state import StepMetrics, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """A step that was just taken.
+
+    Attributes:
+        step: its number; the first is 1.
+        state: the training state after it. The next step overwrites it: keep nothing of it.
+        metrics: its scalars, on the devices and perhaps still being computed.
+        writer: CLU's metric writer.
+    """
+
+    step: int
+    state: TrainState
+    metrics: StepMetrics
+    writer: Any
+
+
+class Callback:
+    """Something that happens beside the steps; what is not overridden does nothing.
+
+    Attributes:
+        saves: whether a step at which it is due is saved too, since it may turn out to be the best.
+    """
+
+    saves: bool = False
+
+    def on_step(self, moment: Moment) -> None:
+        """After every step. Waiting for the devices here would make them wait for the host."""
+
+    def due(self, step: int, saving: bool) -> bool:
+        """Whether `on_due` is called after this step, which is saved if `saving`."""
+        return False
+
+    def on_due(self, moment: Moment) -> Score | None:
+        """Does its work, in time that does not count as training.
+
+        Returns:
+            What ranks the checkpoint of this step, if it has one; the last callback to say decides.
+        """
+
+    def on_end(self, step: int, ema: Params) -> str:
+        """After the last step, once all is saved and closed; says what it did, if anything.
+
+        Args:
+            step: the last one.
+            ema: its EMA weights on the mesh.
+        """
+        return ""
+
+    def close(self) -> None:
+        """Releases what it holds, however the run ends."""
+
+
+def is_due(every: int, step: int) -> bool:
+    """Whether what happens every so many steps (0: never) happens at this one."""
+    return every > 0 and step % every == 0
+
+
+class Report(Callback):
+    """Writes averages over the steps since the last report, and their speed.
+
+    Args:
+        config: of the run.
+        first_step: steps taken before.
+        accumulate: adds a step's metrics.
+        clock: of the steps.
+        checkpoints: of the run.
+        advance: of the progress bar.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        first_step: int,
+        accumulate: Callable[..., TrainMetrics],
+        clock: StepClock,
+        checkpoints: Checkpoints,
+        advance: console.Advance,
+    ):
+        self._train, self._reported = config.train, first_step
+        self._accumulate, self._clock = accumulate, clock
+        self._checkpoints, self._advance = checkpoints, advance
+        self._schedule = learning_rate_schedule(config_lib.optimizer_options(config))
+        self._totals = TrainMetrics.empty()
+
+    def on_step(self, moment: Moment) -> None:
+        self._totals = self._accumulate(self._totals, moment.state.step, moment.metrics)
+
+    def due(self, step: int, saving: bool) -> bool:
+        return saving or is_due(self._train.log_every, step)
+
+    def on_due(self, moment: Moment) -> None:
+        """Raises `NotFiniteError` if the loss or the gradient was not finite at any step."""
+        values, bad = report(self._totals)
+        if bad is not None:
+            raise self._diverged(bad)
+        steps = moment.step - self._reported
+        rate = steps / self._clock.lap()
+        values |= {
+            "learning_rate": float(self._schedule(moment.step - 1)),
+            "steps_per_second": rate,
+            "images_per_second": rate * self._train.batch_size,
+        }
+        moment.writer.write_scalars(moment.step, values)
+        self._advance(steps, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
+        self._totals, self._reported = TrainMetrics.empty(), moment.step
+
+    def _diverged(self, step: int) -> NotFiniteError:
+        kept = "there is no checkpoint yet"
+        if self._checkpoints.steps():
+            kept = f"the last good checkpoint in {self._checkpoints.directory.parent} is kept"
+        return NotFiniteError(
+            f"the loss is not finite at step {step}: training stopped, expected a finite number; "
+            f"{kept} (lower config.optimizer.learning_rate, or look at the data)"
+        )
+
+
+class Profile(Callback):
+    """Records a few steps for TensorBoard's profiler.
+
+    Args:
+        folder: where to.
+        first: the recording starts when this step was taken.
+        steps: how many it covers.
+    """
+
+    def __init__(self, folder: epath.PathLike, first: int, steps: int = 5):
+        self._folder, self._first, self._last = folder, first, first + steps
+        self._running = False
+
+    def on_step(self, moment: Moment) -> None:
+        if moment.step == self._first:
+            jax.profiler.start_trace(os.fspath(self._folder))
+            self._running = True
+        elif moment.step == self._last and self._running:
+            jax.block_until_ready(moment.metrics)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()

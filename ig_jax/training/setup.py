@@ -1,0 +1,216 @@
+"""What a run is made of, checked before anything is written: data, programs, initial weights."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ig_jax import config as config_lib
+from ig_jax.data import pipeline
+from ig_jax.data.source import DataSource
+from ig_jax.errors import InputError
+from ig_jax.experiment import Experiment
+from ig_jax.models import families
+from ig_jax.models.functional import Params, split
+from ig_jax.models.trunk import TrunkSpec, add_heads
+from ig_jax.parallel import sharding
+from ig_jax.paths import resolve
+from ig_jax.storage.checkpoints import FOLDER, Checkpoints
+from ig_jax.streams import stream
+from ig_jax.training import metrics as metrics_lib
+from ig_jax.training import optimizer as optimizer_lib
+from ig_jax.training import state as state_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The compiled parts of training on one mesh.
+
+    Attributes:
+        init: `init(key) -> TrainState`.
+        step: `step(state, batch, key) -> (state, StepMetrics)`; donates the state.
+        accumulate: adds a step's metrics.
+        shapes: the state's shapes with shardings.
+    """
+
+    init: Callable[[jax.Array], state_lib.TrainState]
+    step: Callable[..., tuple[state_lib.TrainState, state_lib.StepMetrics]]
+    accumulate: Callable[..., metrics_lib.TrainMetrics]
+    shapes: state_lib.TrainState
+
+
+def step_options(config: ConfigDict, null_label: int, source: DataSource) -> state_lib.StepOptions:
+    """What the training step takes from a config and a data set."""
+    return state_lib.StepOptions(
+        loss=config_lib.loss_options(config),
+        null_label=null_label,
+        ema_decay=config.train.ema_decay,
+        accumulate=config.train.accumulate,
+        shift=source.shift,
+        scale=source.scale,
+    )
+
+
+def make_programs(experiment: Experiment, source: DataSource) -> Programs:
+    """Builds (without compiling yet) everything that runs on the devices."""
+    config, mesh = experiment.config, experiment.mesh
+    options = step_options(config, experiment.spec.null_label, source)
+    optimizer_options, layout = config_lib.optimizer_options(config), experiment.layout
+    transform = optimizer_lib.make_optimizer(
+        optimizer_options, layout, functools.partial(sharding.share_layers, mesh)
+    )
+    norm = functools.partial(optimizer_lib.gradient_norm, optimizer_options, layout)
+
+    def init(key: jax.Array) -> state_lib.TrainState:
+        model = families.make(
+            experiment.spec, **config_lib.model_options(config), rngs=nnx.Rngs(params=key)
+        )
+        return state_lib.create(split(model)[1], transform)
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    shardings = sharding.state_sharding(mesh, shapes, layout)
+    batch, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    bind = functools.partial(sharding.network, mesh, experiment.graphdef)
+    step = state_lib.make_train_step(bind, transform, options, norm)
+    return Programs(
+        init=jax.jit(init, out_shardings=shardings),
+        step=jax.jit(
+            step,
+            in_shardings=(shardings, batch, whole),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
+        ),
+        accumulate=jax.jit(metrics_lib.accumulate, donate_argnums=0),
+        shapes=jax.tree.map(
+            lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+            shapes,
+            shardings,
+        ),
+    )
+
+
+def open_batches(
+    config: ConfigDict, source: DataSource, mesh: Mesh, data_state: dict | None = None
+) -> pipeline.DevicePrefetch:
+    """Training batches on the mesh, from the start or from a restored iterator state."""
+    iterator = pipeline.make_iterator(
+        source.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_workers=config.data.num_workers,
+        flip=config.data.flip,
+    )
+    if data_state:  # empty in workdirs that were converted from PyTorch
+        iterator.set_state(data_state)
+    return pipeline.DevicePrefetch(iterator, sharding.batch_sharding(mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run in a workdir, checked against what is there and ready to start.
+
+    Attributes:
+        experiment: the config and its parts.
+        source: its data set.
+        programs: what runs on the devices.
+        workdir: where checkpoints, logs and pictures go.
+    """
+
+    experiment: Experiment
+    source: DataSource
+    programs: Programs
+    workdir: epath.Path
+
+    @classmethod
+    def from_config(cls, config: ConfigDict, workdir: epath.PathLike) -> Setup:
+        """Checks everything that can be checked before anything is written; raises `InputError`."""
+        config_lib.check_training(config)
+        experiment = Experiment.from_config(config)
+        source = experiment.open_data()
+        workdir = resolve(workdir)
+        _check_workdir(experiment, workdir)
+        open_batches(config, source, experiment.mesh).close()  # that they can be read
+        return cls(experiment, source, make_programs(experiment, source), workdir)
+
+    @property
+    def config(self) -> ConfigDict:
+        """The config that describes it."""
+        return self.experiment.config
+
+    def initial_state(self, checkpoints: Checkpoints) -> tuple[state_lib.TrainState, dict | None]:
+        """The state to start from, and the data iterator's state if it was restored."""
+        if checkpoints.steps():
+            restored = checkpoints.restore(self.programs.shapes)
+            return restored.state, restored.data
+        state = self.programs.init(stream(self.config.seed, "initialisation"))
+        if self.config.train.init_from:
+            params = initial_weights(self.experiment, state.params)
+            state = state.replace(params=params, ema=jax.tree.map(jnp.array, params))
+        return state, None
+
+
+def _check_workdir(experiment: Experiment, workdir: epath.Path) -> None:
+    """Refuses a workdir whose checkpoints another config made."""
+    config = experiment.config
+    if not (workdir / FOLDER).exists():
+        if config.train.init_from:
+            initial_network(experiment)
+        return
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        lines = checkpoints.steps() and config_lib.differences(config, checkpoints.config())
+    if lines:
+        raise InputError(f"{workdir} holds checkpoints of another config: {'; '.join(lines)}")
+
+
+def initial_network(experiment: Experiment) -> Experiment:
+    """The experiment of the workdir `config.train.init_from`, to start training from.
+
+    Raises `InputError` if its architecture differs from this one in anything but that it lacks
+    auxiliary heads.
+    """
+    workdir = experiment.config.train.init_from
+    there = experiment.of_workdir(workdir)
+    comparable, depths = there.spec, experiment.spec.auxiliary_depths
+    if isinstance(comparable, TrunkSpec) and set(comparable.auxiliary_depths) <= set(depths):
+        comparable = dataclasses.replace(comparable, auxiliary_depths=depths)
+    for field in dataclasses.fields(comparable):
+        found, expected = (getattr(s, field.name) for s in (comparable, experiment.spec))
+        if found != expected:
+            raise InputError(
+                f"config.train.init_from is {workdir!r}, whose network has {field.name} {found}: "
+                f"this config has {expected}"
+            )
+    return there
+
+
+def initial_weights(experiment: Experiment, fresh: Params) -> Params:
+    """The EMA weights of the workdir `config.train.init_from`, placed on this run's mesh.
+
+    Auxiliary heads that the network there lacks are this run's fresh ones: that is how internal
+    guidance is added to a model that was trained without it.
+
+    Args:
+        experiment: of this run.
+        fresh: this run's newly initialised parameters.
+
+    Returns:
+        Parameters of this run's architecture. Raises `InputError` as `initial_network` does.
+    """
+    there = initial_network(experiment)
+    workdir = experiment.config.train.init_from
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+        params = checkpoints.weights(there.abstract_params())
+    params = add_heads(params, there.spec, experiment.spec, fresh)
+    places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
+    return jax.device_put(params, places)
