@@ -4,7 +4,6 @@ for. Sections declare their own fields (`sections.py`); here is what fields mean
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import types
@@ -123,7 +122,7 @@ def validate(config: ConfigDict) -> None:
     _check_sweep(config)
     spec = model_spec(config)
     optimizer_options(config)
-    check_guidance(config, [guidance(config)])
+    check_guidance(config, [GuidanceOptions.of(config.guidance)])
     if not spec.auxiliary_depths:
         _check_no_auxiliary(config)
     if config.train.batch_size % config.train.accumulate:
@@ -291,17 +290,6 @@ def optimizer_options(config: ConfigDict) -> OptimizerOptions:
     """The optimiser that `config.optimizer` describes; raises `InputError`."""
     with _naming("optimizer"):
         return OptimizerOptions(**config.optimizer, num_steps=config.train.num_steps)
-
-
-def guidance(config: ConfigDict, **changes: Any) -> GuidanceOptions:
-    """The guidance that `config.guidance` describes (without the weak network, a file).
-
-    Args:
-        config: a config.
-        **changes: fields to set instead.
-    """
-    values = {f.name: config.guidance[f.name] for f in dataclasses.fields(GuidanceOptions)}
-    return GuidanceOptions(**values | changes)
 
 
 def check_guidance(config: ConfigDict, settings: Iterable[GuidanceOptions]) -> None:

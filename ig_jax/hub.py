@@ -19,7 +19,7 @@ from ig_jax import config as config_lib
 from ig_jax import console, recipes
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.data.latents import read_statistics
-from ig_jax.diffusion.guidance import Guidance
+from ig_jax.diffusion.guidance import Guidance, GuidanceOptions
 from ig_jax.errors import InputError, look_up
 from ig_jax.models.autoencoder import AUTOENCODERS
 from ig_jax.models.dit import DiT, DiTSpec
@@ -71,7 +71,7 @@ def _published(name: str, recipe: recipes.Recipe) -> Published:
         if not found:
             return None, None
         setting = config_lib.published_config(name, found[0].changes)
-        return config_lib.guidance(setting).build(), found[0].fid
+        return GuidanceOptions.of(setting.guidance).build(), found[0].fid
 
     (guidance, fid), (cfg_guidance, cfg_fid) = first(cfg=False), first(cfg=True)
     return Published(

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ig_jax import config as config_lib
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
 from ig_jax.sampling.run import make_engine
@@ -70,7 +70,7 @@ def train_and_draw(
         batch = next(batches)
     indices = np.arange(config.sampler.batch_size * 3 // 2)  # the second batch is half filled
     engine = make_engine(experiment)
-    guidance = config_lib.guidance(config).build()
+    guidance = GuidanceOptions.of(config.guidance).build()
     samples = engine.draw(state.ema, guidance, 0, indices, (indices % 10).astype(np.int32))
     return Result(np.asarray(jax.device_get(losses)), samples, step.as_text(), state)
 

@@ -13,7 +13,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from ig_jax import config as config_lib
 from ig_jax import experiment as experiment_lib
 from ig_jax import record, tables
 from ig_jax.data.source import DataSource
@@ -151,7 +150,7 @@ def sampled(config: ConfigDict, facts: DataSource = FACTS):
     """What sample i of a config is computed from, as the code takes it; and its record."""
     experiment = Experiment.from_config(config)
     engine = sampling.make_engine(experiment)
-    options = config_lib.guidance(config)
+    options = GuidanceOptions.of(config.guidance)
     rule = label_rule(config, facts.class_names)
     to_images = experiment_lib.make_to_images(experiment, facts)
     made = sampling.sampling_record(

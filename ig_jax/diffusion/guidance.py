@@ -642,6 +642,16 @@ class GuidanceOptions:
         0, "guide only so many channels by CFG; 0 for all", limits=checks.COUNT_OR_NONE
     )
 
+    @classmethod
+    def of(cls, section: Mapping[str, Any], **changes: Any) -> GuidanceOptions:
+        """The options in a section such as `config.guidance`, which may hold more.
+
+        Args:
+            section: values by name.
+            **changes: values to take instead.
+        """
+        return cls(**{f.name: section[f.name] for f in dataclasses.fields(cls)} | changes)
+
     def build(self, weaker: Weaker | None = None) -> Guidance:
         """The terms that these values stand for.
 

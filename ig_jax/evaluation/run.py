@@ -130,7 +130,7 @@ class Evaluator:
 def guidances(config: ConfigDict) -> list[GuidanceOptions]:
     """The settings to score: the config's guidance at each of `evaluation.ig_scales`, if any."""
     scales = config.evaluation.ig_scales or (config.guidance.ig_scale,)
-    return [config_lib.guidance(config, ig_scale=float(scale)) for scale in scales]
+    return [GuidanceOptions.of(config.guidance, ig_scale=float(scale)) for scale in scales]
 
 
 def evaluate(
@@ -242,7 +242,7 @@ class TrainingEvaluation:
         engine: Engine | None = None,
     ):
         config = experiment.config
-        self._guidance, self._seed = config_lib.guidance(config), config.seed
+        self._guidance, self._seed = GuidanceOptions.of(config.guidance), config.seed
         self._rule = label_rule(config, source.class_names)
         self._indices = np.arange(config.evaluation.train_samples)
         counts = {_TRAIN_SAMPLES: len(self._indices)}

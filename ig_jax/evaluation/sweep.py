@@ -60,8 +60,8 @@ def settings_of(config: ConfigDict) -> list[GuidanceOptions]:
     combinations = itertools.product(candidates("cfg"), candidates("ig"))
     return list(
         dict.fromkeys(
-            config_lib.guidance(
-                config, ig_scale=w, ig_interval=when, cfg_scale=s, cfg_interval=cfg_when
+            GuidanceOptions.of(
+                config.guidance, ig_scale=w, ig_interval=when, cfg_scale=s, cfg_interval=cfg_when
             )
             for (s, cfg_when), (w, when) in combinations
         )

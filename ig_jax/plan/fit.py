@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ig_jax import config as config_lib
 from ig_jax import console
 from ig_jax.data import shards
 from ig_jax.data.source import DataSource
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models.functional import parameter_count
@@ -263,7 +263,7 @@ def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
 def lower_sampler(experiment: Experiment) -> jax.stages.Lowered:
     """The sampler of an experiment, lowered for its mesh from shapes alone."""
     engine = make_engine(experiment)
-    guidance = config_lib.guidance(experiment.config).build(engine.weaker)
+    guidance = GuidanceOptions.of(experiment.config.guidance).build(engine.weaker)
     return engine.lower(experiment.abstract_params(), guidance)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
-from ig_jax import config as config_lib
 from ig_jax import pictures
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import NotFiniteError
 from ig_jax.experiment import ToImages
 from ig_jax.models.functional import Params
@@ -40,7 +40,7 @@ class _Grid(Callback):
         indices = np.arange(count)
         classes = self._setup.experiment.spec.num_classes
         labels = choose_labels("balanced", indices, classes, config.seed)
-        terms = config_lib.guidance(config, **guidance).build(self._engine.weaker)
+        terms = GuidanceOptions.of(config.guidance, **guidance).build(self._engine.weaker)
         return self._engine.draw(params, terms, config.seed, indices, labels), labels
 
     def _path(self, name: str) -> epath.Path:

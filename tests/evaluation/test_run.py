@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ig_jax import config as config_lib
 from ig_jax import record
 from ig_jax.convert.inception import inception_params
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError, NotFiniteError
 from ig_jax.evaluation import extractors, metrics, report, scoring, statistics
 from ig_jax.evaluation import images as images_lib
@@ -81,7 +81,7 @@ def pictures(experiment, params, source) -> tuple[np.ndarray, np.ndarray]:
     config = experiment.config
     indices = np.arange(config.evaluation.num_samples)
     labels = label_rule(config, source.class_names)(indices)
-    guidance = config_lib.guidance(config, ig_scale=2.0).build()
+    guidance = GuidanceOptions.of(config.guidance, ig_scale=2.0).build()
     x = make_engine(experiment).draw(params, guidance, config.seed, indices, labels)
     return make_to_images(experiment, source)(x), labels
 
@@ -123,7 +123,7 @@ class TestDirect:
         config = copy.deepcopy(experiment.config)
         config.evaluation.ig_scales = ()
         config.guidance.update(ig_scale=1.3, cfg_scale=1.2, cfg_interval=(0.1, 0.8))
-        assert evaluation.guidances(config) == [config_lib.guidance(config)]
+        assert evaluation.guidances(config) == [GuidanceOptions.of(config.guidance)]
 
     def test_eight_devices_equal_one(self, experiment, source, results):
         assert experiment.mesh.size == 8
