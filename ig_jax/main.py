@@ -80,6 +80,12 @@ def _sweep(config: ConfigDict, workdir: str, which: int | str) -> str:
     return sweep.run(config, workdir, which)
 
 
+def _toy(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.evaluation import toy
+
+    return toy.run(config, workdir)
+
+
 def _compile(config: ConfigDict, workdir: str) -> str:
     from ig_jax.plan import fit
 
@@ -93,6 +99,7 @@ MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "sample": ("draw samples from a workdir: labelled PNG grid and .npz", _sample),
     "evaluate": ("score a workdir's samples, or an existing .npz or folder", _evaluate),
     "sweep": ("search the best guidance for a workdir's model", _sweep),
+    "toy": ("re-derive the paper's 2-D toy: figure and table over 5 seeds", _toy),
     "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }

@@ -144,9 +144,7 @@ def _scatter(points: np.ndarray, titles: Sequence[str]) -> Image.Image:
     axes.set_aspect("equal")
     if any(titles):
         axes.legend(markerscale=3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
-    return Image.open(buffer)
+    return rendered(figure)
 
 
 def from_array(image: np.ndarray) -> Image.Image:
@@ -190,6 +188,13 @@ def make_figure(width: float, height: float) -> Any:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def rendered(figure: Any) -> Image.Image:
+    """A matplotlib figure as an RGB picture."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=100, bbox_inches="tight")
+    return Image.open(buffer).convert("RGB")
 
 
 def save_figure(path: epath.PathLike, figure: Any) -> None:

@@ -5,18 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from ig_jax.config import default_config
+from ig_jax.config import default_config, model_spec, validate
 from ig_jax.data import toy2d
 from ig_jax.errors import InputError
-from ig_jax.evaluation import extractors, metrics, run
+from ig_jax.evaluation import extractors, metrics, run, toy
 from ig_jax.pictures import read_image
 from ig_jax.sampling import run as sampling
 from ig_jax.training import run as training
+from tests.common import tiny_config
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A config of few steps, and the workdir that it was trained in."""
+def small_config():
     config = default_config("mlp", "s")
     config.model.update(width=16, depth=2, auxiliary_depth=1, channels=2, num_classes=2)
     config.data.update(name="toy2d", num_validation=512, autoencoder="")
@@ -25,7 +24,13 @@ def trained(tmp_path_factory):
     config.train.update(validate_every=8, sample_every=8, checkpoint_every=4)
     config.sampler.update(name="heun", num_steps=3, num_samples=64, batch_size=64)
     config.evaluation.update(num_samples=64, ig_scales=(0.0, 1.0))
-    workdir = tmp_path_factory.mktemp("toy")
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A config of few steps, and the workdir that it was trained in."""
+    config, workdir = small_config(), tmp_path_factory.mktemp("toy")
     training.train(config, str(workdir))
     return config, workdir
 
@@ -79,3 +84,41 @@ def test_outliers_and_coverage_of_the_data_themselves():
     assert metrics.coverage(one.joint) == pytest.approx(1 / 254)
     with pytest.raises(InputError, match=r"points: shape \(3, 3\), expected \(N, 2\)"):
         extractors.TreeExtractor()(np.zeros((3, 3), np.float32))
+
+
+def test_the_toys_methods_and_its_smaller_network():
+    config = small_config()
+    config.model.depth = 5
+    config.guidance.update(ig_scale=3.0, cfg_scale=1.5)
+    assert {title: by_smaller for title, (by_smaller, _) in toy.methods(config).items()} == {
+        **{"final head": False, "auxiliary head": False, "CFG 1.5": False, "IG 3": False},
+        **{"IG 3 + CFG 1.5": False, "Autoguidance 3": True},
+    }
+    weak = toy.smaller(config)
+    validate(weak)
+    assert not model_spec(weak).auxiliary_depths
+    assert model_spec(weak).forward_flops() < model_spec(config).forward_flops() / 2
+    assert config.model.width == 16 and config.model.auxiliary_depth == 1
+    points, labels = toy2d.tree().sample(2000, seed=1)
+    assert toy.score(points, labels)["class_confusion"] < 0.01
+    assert toy.score(points, 1 - labels)["class_confusion"] > 0.99
+
+
+def test_the_toy_needs_its_data_set(tmp_path):
+    config = tiny_config()
+    with pytest.raises(InputError, match="config.data.name is 'digits': expected 'toy2d'"):
+        toy.run(config, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_toys_figure_has_a_panel_for_each_method_and_one_of_paths():
+    points, labels = toy2d.tree().sample(100, seed=2)
+    titles = ["data", "final head", "auxiliary head", "CFG 2", "IG 2", "both", "Autoguidance 2"]
+    scores = {title: {name: [0.1, 0.2] for name in toy._VALUES} for title in titles}
+    paths = {title: np.zeros((4, 3, 2)) for title in titles[1:3]}
+    figure = toy.plot({title: (points, labels) for title in titles}, paths, scores)
+    named = [axes.get_title() for axes in figure.axes]
+    assert named == [*titles, "paths from the same noise"]
+    drawn = sum(len(c.get_offsets()) for c in figure.axes[0].collections if hasattr(c, "_sizes"))
+    assert drawn >= 100
+    assert "outliers 15.0%" in figure.axes[1].texts[0].get_text()
