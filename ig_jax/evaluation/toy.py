@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from ig_jax import config as config_lib
 from ig_jax import console, pictures
 from ig_jax.data import toy2d
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.evaluation import metrics
 from ig_jax.evaluation.extractors import TreeExtractor
@@ -106,7 +107,7 @@ class Study:
     def _guidance(self, title: str) -> tuple[Engine, Any]:
         by_smaller, scales = methods(self._config)[title]
         engine = self._engines[by_smaller]
-        return engine, config_lib.guidance(self._config, **scales).build(engine.weaker)
+        return engine, GuidanceOptions.of(self._config.guidance, **scales).build(engine.weaker)
 
     def points(self, title: str) -> np.ndarray:
         """The samples (N, 2) of a method, from the same noise for all."""
@@ -224,7 +225,8 @@ def plot(
             panels[-1].plot(*path[:, i].T, color=style[0], linestyle=style[1], lw=1.2, label=name)
         panels[-1].scatter(*path[-1].T, s=14, color=style[0], zorder=3)
     _caption(panels[-1], "paths from the same noise", "outliers that guidance brings to the tree")
-    panels[-1].legend(loc="lower right", fontsize=8, frameon=False)
+    if panels[-1].lines:
+        panels[-1].legend(loc="lower right", fontsize=8, frameon=False)
     return figure
 
 

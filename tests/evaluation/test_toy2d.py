@@ -13,6 +13,7 @@ from ig_jax.pictures import read_image
 from ig_jax.sampling import run as sampling
 from ig_jax.training import run as training
 from tests.common import tiny_config
+from tests.test_configs import CONFIGS, load
 
 
 def small_config():
@@ -122,3 +123,36 @@ def test_the_toys_figure_has_a_panel_for_each_method_and_one_of_paths():
     drawn = sum(len(c.get_offsets()) for c in figure.axes[0].collections if hasattr(c, "_sizes"))
     assert drawn >= 100
     assert "outliers 15.0%" in figure.axes[1].texts[0].get_text()
+
+
+def test_the_toy_from_training_to_the_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(toy, "SEEDS", 2)
+    config = small_config()
+    config.guidance.update(ig_scale=3.0, cfg_scale=1.5)
+    config.train.update(sample_every=0, validate_every=0)
+    toy.run(config, str(tmp_path))
+    table = capsys.readouterr().out
+    assert all(title in table for title in ("data", *toy.methods(config)))
+    scores = json.loads((tmp_path / "toy2d.json").read_text())
+    assert set(scores) == {"data", *toy.methods(config)}
+    assert all(len(values) == 2 for found in scores.values() for values in found.values())
+    # Methods differ on the same noise, and the data have few outliers where eight steps have many.
+    assert (
+        np.mean(scores["data"]["outlier_rate"])
+        < 0.2
+        < np.mean(scores["final head"]["outlier_rate"])
+    )
+    assert read_image(tmp_path / "toy2d.png").shape[0] > 500
+
+
+@pytest.mark.slow
+def test_directions_of_the_toy(tmp_path):
+    """Internal guidance lowers the outlier rate, and the auxiliary head alone raises it."""
+    config = load(next(path for path in CONFIGS if path.stem == "toy2d_ig"))
+    config.train.update(sample_every=0, validate_every=0)
+    study = toy.Study(config, str(tmp_path), seed=1)
+    rates = {
+        title: toy.score(study.points(title), study.labels)["outlier_rate"]
+        for title in ("auxiliary head", "final head", "IG 3")
+    }
+    assert rates["IG 3"] < rates["final head"] < rates["auxiliary head"]
