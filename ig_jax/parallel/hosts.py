@@ -32,7 +32,7 @@ def primary_says(flag: bool) -> bool:
     return bool(gather(np.asarray(flag))[0])
 
 
-def meet(name: str) -> None:
+def wait_for_all(name: str) -> None:
     """Waits until every process has come here, to a place of this name."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils

@@ -271,9 +271,9 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)
-    hosts.meet("samples folder")
+    hosts.wait_for_all("samples folder")
     drawn = draw_into(folder, engine, weights.params, options, seed, labels, to_images)
-    hosts.meet("samples drawn")
+    hosts.wait_for_all("samples drawn")
     if is_primary():
         _finish(folder, directory, labels, names, record)
     return (

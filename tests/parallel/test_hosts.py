@@ -76,4 +76,4 @@ def test_alone():
     np.testing.assert_array_equal(hosts.gather(rows), rows[None])
     np.testing.assert_array_equal(hosts.in_order(rows, [2, 1, 0], 3), rows[::-1])
     assert hosts.anywhere(True) and not hosts.primary_says(False)
-    hosts.meet("anywhere")
+    hosts.wait_for_all("anywhere")
