@@ -68,7 +68,9 @@ def test_a_bad_config_file_gets_one_line_with_its_place(tmp_path, name):
 
 
 def test_a_folder_is_no_config(tmp_path):
-    with pytest.raises(InputError, match=f"--config is '{tmp_path}': a folder, expected configs/"):
+    with pytest.raises(
+        InputError, match=f"--config is '{tmp_path}': a folder, expected an existing file"
+    ):
         extensions.read_config(str(tmp_path))
 
 
