@@ -134,7 +134,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     if config.data.name != "toy2d" or not config_lib.model_spec(config).auxiliary_depths:
         raise InputError(
             f"config.data.name is {config.data.name!r}: expected 'toy2d' and a network with an "
-            "auxiliary head for --mode=toy, such as --config=configs/toy2d_ig.py"
+            "auxiliary head for --mode=toy, such as --config=toy2d_ig"
         )
     _share_compiled(workdir)
     titles = ("data", *methods(config))
