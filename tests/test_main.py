@@ -115,7 +115,8 @@ def test_paths_as_typed(tmp_path, prefix, suffix):
     done = subprocess.run(
         [sys.executable, "-c", SHOW, f"--config={prefix}my.py", f"--workdir={typed['w']}", *fields],
         cwd=tmp_path,
-        env=os.environ | {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd()},
+        env=os.environ
+        | {"HOME": str(tmp_path), "PYTHONPATH": os.getcwd(), "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
         text=True,
     )

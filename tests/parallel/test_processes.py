@@ -199,8 +199,8 @@ def test_the_primary_is_jaxs_where_jax_was_started_elsewhere(monkeypatch, index)
 
 def test_a_stranger_who_calls_is_no_process_of_the_run(monkeypatch):
     monkeypatch.setattr(processes, "_lines", [])
-    monkeypatch.setattr(processes, "_ending", threading.Event())
-    processes._ending.set()  # Whoever is lost does not end this process.
+    # Whoever is lost does not end this process, nor a later test's.
+    monkeypatch.setattr(processes, "_await_loss", lambda line, peer: None)
     server = processes._listen(0)
     threading.Thread(target=processes._admit, args=(server,), daemon=True).start()
     address = ("127.0.0.1", server.getsockname()[1])
