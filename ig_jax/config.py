@@ -163,7 +163,8 @@ def _check_sweep(config: ConfigDict) -> None:
     for name in ("ig", "cfg"):
         if not config.sweep[f"{name}_scales"]:
             raise InputError(f"config.sweep.{name}_scales is empty: expected at least one scale")
-        interval_pairs(f"config.sweep.{name}_intervals", config.sweep[f"{name}_intervals"])
+        if config.sweep[f"{name}_intervals"] or not config.sweep[f"{name}_schedules"]:
+            interval_pairs(f"config.sweep.{name}_intervals", config.sweep[f"{name}_intervals"])
 
 
 def interval_pairs(field: str, values: tuple[float, ...]) -> tuple[tuple[float, float], ...]:

@@ -62,8 +62,8 @@ class Field:
             self.limits.check(name, value)
         if self.choices is not None:
             check_choice(name, value, self.choices)
-        if self.table is not None and value != self.default:
-            tables.make(self.table, value, name)
+        for text in listed if self.table is not None and value != self.default else ():
+            tables.make(self.table, text, name)
 
     @property
     def expected(self) -> str:

@@ -9,7 +9,7 @@ import functools
 from ig_jax import checks, fields
 from ig_jax.checks import Limits
 from ig_jax.diffusion import samplers
-from ig_jax.diffusion.guidance import GuidanceOptions
+from ig_jax.diffusion.guidance import RULES, SCHEDULES, SOURCES, GuidanceOptions
 from ig_jax.diffusion.loss import LossOptions
 from ig_jax.errors import InputError
 from ig_jax.fields import field
@@ -223,16 +223,24 @@ class EvaluationOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:
-    """Which guidance --mode=sweep searches: every combination of scales and intervals.
+    """Which guidance --mode=sweep searches: every combination of what is listed here.
 
-    Intervals are pairs (low, high, low, high, …) of path times. By default IG acts everywhere, or
-    at high and middle noise only.
+    What is not listed is as in `config.guidance`. Intervals are pairs (low, high, low, high, …) of
+    path times; schedules are tried beside them. By default IG acts everywhere, or at high and
+    middle noise only. Repeat a flag to list names: `--config.sweep.ig_rules=linear
+    --config.sweep.ig_rules=zero_star`.
     """
 
     ig_scales: tuple[float, ...] = _free((1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2), "IG scales to try")
     ig_intervals: tuple[float, ...] = _free((0.0, 1.0, 0.3, 1.0), "pairs low, high of path times")
+    ig_schedules: tuple[str, ...] = _free((), "besides the intervals", table=SCHEDULES)
+    ig_sources: tuple[str, ...] = _free((), "what is weak", table=SOURCES)
+    ig_rules: tuple[str, ...] = _free((), "how to extrapolate", table=RULES)
     cfg_scales: tuple[float, ...] = _free((1.0,), "CFG scales to try")
     cfg_intervals: tuple[float, ...] = _free((0.0, 1.0), "pairs low, high of path times")
+    cfg_schedules: tuple[str, ...] = _free((), "besides the intervals", table=SCHEDULES)
+    cfg_sources: tuple[str, ...] = _free((), "what is weak", table=SOURCES)
+    cfg_rules: tuple[str, ...] = _free((), "how to extrapolate", table=RULES)
     metric: str = _free("fid", "what is searched for; any metric that the features suffice for")
     num_samples: int = _free(10_000, "samples of each setting in the last round", limits=_SEVERAL)
     budget: int = _free(

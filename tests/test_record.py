@@ -227,6 +227,12 @@ OTHERS = {
     "sweep.ig_intervals": (0.0, 0.5),
     "sweep.cfg_scales": (3.0,),
     "sweep.cfg_intervals": (0.0, 0.5),
+    "sweep.ig_sources": ("shallow",),
+    "sweep.ig_rules": ("zero_star",),
+    "sweep.ig_schedules": ("ramp",),
+    "sweep.cfg_sources": ("shallow",),
+    "sweep.cfg_rules": ("zero_star",),
+    "sweep.cfg_schedules": ("ramp",),
     "sweep.metric": "label_accuracy",
 }
 # Taken from a workdir: the first is recorded by the hash of its weights, the other is training's.

@@ -58,7 +58,8 @@ class Source(Protocol):
     """Where a weak prediction comes from: a row of `SOURCES`, a pytree.
 
     Attributes:
-        place: what the term changes; two terms of one guidance cannot share a place.
+        place: what the term changes. Several may extrapolate from weak predictions of the same
+            labels, one after the other; two at the null label are a mistake.
     """
 
     place: ClassVar[str]
@@ -515,12 +516,10 @@ class Guidance:
         """Guidance of these terms, innermost first.
 
         Raises:
-            InputError: two terms that claim the same place.
+            InputError: two terms at the null label.
         """
-        places = [term.source.place for term in terms]
-        for place in places:
-            if places.count(place) > 1:
-                raise InputError(f"two guidance terms claim {place}: expected one at most")
+        if [term.source.place for term in terms].count(Null.place) > 1:
+            raise InputError(f"two guidance terms claim {Null.place}: expected one at most")
         return cls.tree_unflatten(None, (tuple(terms),))
 
     def tree_flatten(self) -> tuple[tuple[tuple[Term, ...]], None]:
@@ -631,11 +630,20 @@ class GuidanceOptions:
         1.0, "s of classifier-free guidance, D(∅) + s·(D(c) − D(∅))", limits=checks.SCALE
     )
     cfg_interval: Bounds = _field((0.0, 1.0), "low, high path times; outside it ∅ costs nothing")
-    ig_source: str = _field("auxiliary", "what is weak: auxiliary(head=1)", table=SOURCES)
+    ig_source: str = _field(
+        "auto",
+        "what is weak: auxiliary(head=1); auto: the network that config.guidance.weak names, else "
+        "the first auxiliary head",
+        table=SOURCES,
+    )
     ig_rule: str = _field("linear", "how to extrapolate: projected(eta=0.5)", table=RULES)
     ig_schedule: str = _field("", "in place of the interval: ramp(stop=0.5)", table=SCHEDULES)
     ig_null_scale: str = _field("same", "w where the label is ∅, or same")
-    cfg_source: str = _field("null", "what is weak: shallow", table=SOURCES)
+    cfg_source: str = _field(
+        "null",
+        "what is weak: shallow, or one more of IG's: auxiliary(head=1), weaker",
+        table=SOURCES,
+    )
     cfg_rule: str = _field("linear", "how to extrapolate", table=RULES)
     cfg_schedule: str = _field("", "in place of the interval", table=SCHEDULES)
     cfg_channels: int = _field(
@@ -656,7 +664,7 @@ class GuidanceOptions:
         """The terms that these values stand for.
 
         Args:
-            weaker: the network that takes the place of `ig_source`, if there is one.
+            weaker: the network that "weaker" stands for, and "auto" too, if there is one.
 
         Returns:
             The guidance. Raises `InputError` for what cannot be.
@@ -675,9 +683,11 @@ class GuidanceOptions:
             when = _when(f"{name}_interval", bounds)
             if schedule:
                 when = tables.make(SCHEDULES, schedule, f"{name}_schedule")
+            if source == "auto":
+                source = "auxiliary" if weaker is None else "weaker"
             weak = tables.make(SOURCES, source, f"{name}_source")
-            if name == "ig" and weaker is not None:
-                weak = weaker
+            if isinstance(weak, Weaker):
+                weak = weaker or weak
             rule = tables.make(RULES, rule, f"{name}_rule")
             if not (_off(scale) and at_null in (None, 1.0)):
                 yield f"{name}_scale", Term(weak, scale, when, at_null, rule, channels)

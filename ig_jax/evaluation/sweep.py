@@ -12,7 +12,7 @@ import dataclasses
 import io
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,30 +42,40 @@ from ig_jax.storage import files
 FOLDER = "sweep"
 # Settings whose uncertainty is estimated: a resample of 2048-wide features takes seconds.
 BOOTSTRAPPED = 4
+# Lines of the plot that are told apart.
+COLOURED = 8
 
 
 def settings_of(config: ConfigDict) -> list[GuidanceOptions]:
-    """Every combination of `config.sweep`'s scales and intervals, without those that are the same.
+    """Every combination of what `config.sweep` lists, without those that are the same."""
+    combinations = itertools.product(_candidates(config, "cfg"), _candidates(config, "ig"))
+    settings = (GuidanceOptions.of(config.guidance, **a, **b) for a, b in combinations)
+    return list(dict.fromkeys(settings))
 
-    At scale 1 an interval means nothing, so there it is [0, 1].
-    """
-    sweep = config.sweep
 
-    def candidates(name: str) -> list[tuple[float, tuple[float, float]]]:
-        field = f"{name}_intervals"
-        intervals = config_lib.interval_pairs(f"config.sweep.{field}", sweep[field])
-        pairs = itertools.product(intervals, sweep[f"{name}_scales"])
-        return [(float(s), (0.0, 1.0) if s == 1 else interval) for interval, s in pairs]
+def _candidates(config: ConfigDict, name: str) -> Iterator[dict[str, Any]]:
+    """What may become of the fields of one term: "ig" or "cfg"."""
 
-    combinations = itertools.product(candidates("cfg"), candidates("ig"))
-    return list(
-        dict.fromkeys(
-            GuidanceOptions.of(
-                config.guidance, ig_scale=w, ig_interval=when, cfg_scale=s, cfg_interval=cfg_when
-            )
-            for (s, cfg_when), (w, when) in combinations
-        )
-    )
+    def listed(part: str) -> Sequence[Any]:
+        return config.sweep[f"{name}_{part}s"]
+
+    def own(part: str) -> Any:
+        return config.guidance[f"{name}_{part}"]
+
+    everywhere, schedules = (0.0, 1.0), listed("schedule") or tuple(filter(None, [own("schedule")]))
+    times = [(everywhere, schedule) for schedule in schedules]
+    # A schedule acts in place of the interval, so the config's own one leaves no room for others.
+    if listed("interval") and (listed("schedule") or not schedules):
+        pairs = config_lib.interval_pairs(f"config.sweep.{name}_intervals", listed("interval"))
+        times = [(pair, "") for pair in pairs] + times
+    sources, rules = (listed(part) or (own(part),) for part in ("source", "rule"))
+    for source, rule, (interval, schedule) in itertools.product(sources, rules, times):
+        for scale in listed("scale"):
+            parts = dict(scale=float(scale), interval=interval)
+            parts |= dict(source=source, rule=rule, schedule=schedule)
+            if scale == 1:  # the rest means nothing
+                parts = dict(scale=1.0, interval=everywhere)
+            yield {f"{name}_{part}": value for part, value in parts.items()}
 
 
 class Draws:
@@ -316,7 +326,7 @@ def _save(
     writer.writerows(rows)
     (search.folder / "sweep.csv").write_text(text.getvalue())
     best = {
-        "guidance": guidance_fields(entries[0].guidance),
+        "guidance": dataclasses.asdict(entries[0].guidance),
         "metric": search.metric,
         "search": rows[0],
         "fresh": dataclasses.asdict(confirmed),
@@ -333,12 +343,6 @@ def _save(
     pictures.save_figure(search.folder / "sweep.png", plot(search.metric, entries, confirmed))
     # Last, since its presence says that the search is complete.
     (search.folder / "best.json").write_text(json.dumps(best, indent=2) + "\n")
-
-
-def guidance_fields(guidance: GuidanceOptions) -> dict[str, Any]:
-    """The fields of `config.guidance` that a setting stands for, as plain JSON values."""
-    fields = dataclasses.asdict(guidance)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
 
 
 def load_best(workdir: epath.PathLike) -> GuidanceOptions:
@@ -371,17 +375,15 @@ def table(
     """A row of plain values for each setting, the best first."""
     rows = []
     for rank, entry in enumerate(entries):
-        fields = guidance_fields(entry.guidance)
+        fields = dataclasses.asdict(entry.guidance)
+        for name in ("ig", "cfg"):
+            fields[f"{name}_low"], fields[f"{name}_high"] = fields.pop(f"{name}_interval")
         known = uncertainties[rank] if rank < len(uncertainties) else None
         rows.append(
             {
                 "rank": rank + 1,
-                "ig_scale": fields["ig_scale"],
-                "ig_low": fields["ig_interval"][0],
-                "ig_high": fields["ig_interval"][1],
-                "cfg_scale": fields["cfg_scale"],
-                "cfg_low": fields["cfg_interval"][0],
-                "cfg_high": fields["cfg_interval"][1],
+                "guidance": describe(entry.guidance),
+                **fields,
                 "rounds": len(entry.samples),
                 "samples": entry.samples[-1],
                 **entry.values[-1],
@@ -431,10 +433,11 @@ def _last_line(
 
 
 def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
-    """Two panels: the metric against scale, a line for each interval; and the trade-off.
+    """The metric against scale, a line for each interval, rule and so on; and the trade-offs.
 
     All values are of the first round, where all settings have the same samples; markers grow with
-    the rounds that a setting went on to. A star marks the winner.
+    the rounds that a setting went on to. A star marks the winner. Of many lines the best have
+    colours.
     """
     record, first = confirmed.protocol, entries[0].samples[0]
     varied = "cfg" if len({entry.guidance.ig_scale for entry in entries}) == 1 else "ig"
@@ -455,9 +458,10 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
 
     figure = pictures.make_figure(5.4 * len(panels), 4.4)
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for title, line in _lines(entries, varied).items():
+        for rank, (title, line) in enumerate(_lines(entries, varied).items()):
             xy = [[point(entry, name) for entry in line] for name in names]
-            (drawn,) = axes.plot(*xy, label=title, lw=1)
+            style = dict(label=title) if rank < COLOURED else dict(color="0.8", zorder=1)
+            (drawn,) = axes.plot(*xy, lw=1, **style)
             sizes = [14 * len(entry.samples) for entry in line]
             axes.scatter(*xy, sizes, color=drawn.get_color())
         best = [point(entries[0], name) for name in names]
@@ -477,33 +481,33 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
 
 
 def _lines(entries: Sequence[Entry], varied: str) -> dict[str, list[Entry]]:
-    """Entries that differ in one scale only, in order of it, under a label.
+    """Entries that differ in one scale only, in order of it, under a label; the best line first.
 
-    A setting with scale 1, which has no interval, starts every line of its other fields.
+    A setting with scale 1, where the term's other fields mean nothing, is part of every line.
     """
-    other = "cfg" if varied == "ig" else "ig"
 
-    def rest(guidance: GuidanceOptions) -> tuple:
-        return getattr(guidance, f"{other}_scale"), getattr(guidance, f"{other}_interval")
+    def rest(entry: Entry, own: bool) -> tuple:
+        """The fields of the varied term but for its scale, or those of all else."""
+        fields = dataclasses.asdict(entry.guidance)
+        scale = fields.pop(f"{varied}_scale")
+        is_on = scale != 1 or not own
+        return tuple(v for k, v in fields.items() if k.startswith(varied) == own) * is_on
+
+    lines: dict[tuple, list[Entry]] = {}
+    for entry in entries:
+        lines.setdefault((rest(entry, own=True), rest(entry, own=False)), []).append(entry)
+    for off in [key for key in lines if not key[0]]:
+        joined = [line for (own, others), line in lines.items() if own and others == off[1]]
+        for line in joined:
+            line += lines[off]
+        if joined:
+            del lines[off]
 
     def scale(entry: Entry) -> float:
         return float(getattr(entry.guidance, f"{varied}_scale"))
 
-    lines: dict[tuple, list[Entry]] = {}
-    for entry in entries:
-        if scale(entry) != 1:
-            interval = getattr(entry.guidance, f"{varied}_interval")
-            lines.setdefault((interval, rest(entry.guidance)), []).append(entry)
-    for entry in entries:
-        if scale(entry) == 1:
-            joined = [line for (_, other), line in lines.items() if other == rest(entry.guidance)]
-            for line in joined or [lines.setdefault(((0.0, 1.0), rest(entry.guidance)), [])]:
-                line.append(entry)
-    labelled = {}
-    for (interval, (other_scale, other_interval)), line in sorted(lines.items()):
-        label = f"{varied.upper()} on [{interval[0]:g}, {interval[1]:g}]"
-        if other_scale != 1:
-            label += f", {other.upper()} {other_scale:g} on [{other_interval[0]:g}, "
-            label += f"{other_interval[1]:g}]"
-        labelled[label] = sorted(line, key=scale)
-    return labelled
+    def label(entry: Entry) -> str:
+        name = varied.upper()
+        return describe(entry.guidance).replace(f"{name} {scale(entry):g}", name, 1)
+
+    return {label(line[0]): sorted(line, key=scale) for line in lines.values()}

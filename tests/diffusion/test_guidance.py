@@ -232,6 +232,26 @@ def test_guiding_any_prediction_guides_the_velocity(path):
         )
 
 
+def test_two_heads_and_a_weaker_network_may_guide_one_after_the_other(heads):
+    """Each where it acts: two heads at different noise levels, and internal on Autoguidance."""
+    options = GuidanceOptions(
+        2.0, (0.0, 0.4), 1.5, (0.6, 1.0),
+        ig_source="auxiliary(head=0)", cfg_source="auxiliary(head=1)",
+    )  # fmt: skip
+    shallow, deep = heads[COND].auxiliary
+    for t, weak, w in ((0.2, shallow, 2.0), (0.8, deep, 1.5)):
+        expected = line(weak, heads[COND].final, w)
+        np.testing.assert_allclose(combine(options.build(), heads, t), expected, rtol=1e-4)
+    np.testing.assert_array_equal(combine(options.build(), heads, 0.5), heads[COND].final)
+    weaker = g.Weaker(graph=lambda *_: None)
+    pair = GuidanceOptions(2.0, cfg_scale=1.5, ig_source="auxiliary", cfg_source="weaker")
+    inner = line(shallow, heads[COND].final, 2.0)
+    expected = line(heads[Pass("weaker")].final, inner, 1.5)
+    np.testing.assert_allclose(combine(pair.build(weaker), heads), expected, rtol=1e-4, atol=1e-5)
+    alone = GuidanceOptions(2.0).build(weaker).terms
+    assert [term.source for term in alone] == [weaker]  # "auto"
+
+
 def test_options_stand_for_terms():
     assert GuidanceOptions().build().terms == ()
     options = GuidanceOptions(
@@ -271,10 +291,6 @@ BAD = [
     (
         lambda: Guidance.of(Term(g.Null(), 2.0), Term(g.ShallowNull(), 2.0)),
         "two guidance terms claim the prediction at the null label",
-    ),
-    (
-        lambda: Guidance.of(Term(g.Auxiliary(), 2.0), Term(g.Weaker(), 2.0)),
-        "two guidance terms claim the weak prediction of the same labels",
     ),
     (lambda: Guidance(1.5).check(0, 10), "internal guidance needs auxiliary head 0.*has no aux"),
     (lambda: Guidance.of(Term(g.Auxiliary(2))).check(2, 10), "head 2 of this model: it has 2"),

@@ -11,6 +11,7 @@ import shutil
 import numpy as np
 import pytest
 
+from ig_jax import config as config_lib
 from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.evaluation import metrics, race, sweep
@@ -18,7 +19,7 @@ from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation.extractors import DigitsExtractor, digits_images
 from ig_jax.evaluation.features import FeatureSet
 from ig_jax.evaluation.metrics import METRICS, Metric
-from ig_jax.evaluation.race import Round
+from ig_jax.evaluation.race import Entry, Round
 from ig_jax.evaluation.statistics import gaussian_statistics
 from ig_jax.experiment import Experiment
 from ig_jax.record import Weights
@@ -58,6 +59,40 @@ class TestSettings:
             GuidanceOptions(2.0),
             GuidanceOptions(2.0, (0.3, 1.0)),
         ]
+
+    def test_rules_sources_and_ramps(self):
+        config = changed(
+            ig_scales=(1.0, 2.0),
+            ig_intervals=(0.3, 1.0),
+            ig_schedules=("ramp(start=0.3)",),
+            ig_sources=("auxiliary", "weaker"),
+            ig_rules=("linear", "projected(eta=0.5)"),
+            cfg_scales=(1.5,),
+            cfg_sources=("null", "shallow"),
+            cfg_rules=("zero_star",),
+            cfg_schedules=("ramp",),
+            cfg_intervals=(),
+        )
+        config_lib.validate(config)
+        settings = sweep.settings_of(config)
+        cfg = dict(cfg_scale=1.5, cfg_rule="zero_star", cfg_schedule="ramp")
+        # 2 sources x 2 rules x (interval, ramp) at scale 2 and one setting without IG, twice.
+        assert len(settings) == len(set(settings)) == 2 * (2 * 2 * 2 + 1)
+        assert GuidanceOptions(**cfg) in settings
+        assert (
+            GuidanceOptions(
+                2.0, (0.3, 1.0), ig_source="weaker", ig_rule="projected(eta=0.5)", **cfg
+            )
+            in settings
+        )
+        ramp = dict(ig_source="auxiliary", ig_schedule="ramp(start=0.3)", cfg_source="shallow")
+        assert GuidanceOptions(2.0, **ramp, **cfg) in settings
+
+    def test_what_is_not_listed_is_the_configs(self):
+        config = changed(ig_scales=(2.0,), ig_intervals=(0.0, 1.0, 0.3, 1.0))
+        config.guidance.update(ig_rule="zero_star", ig_schedule="ramp", cfg_source="shallow")
+        own = dict(ig_rule="zero_star", ig_schedule="ramp", cfg_source="shallow")
+        assert sweep.settings_of(config) == [GuidanceOptions(2.0, **own)]
 
 
 class TestPlan:
@@ -352,9 +387,30 @@ class TestSearch:
         assert "IG scale" in left.get_xlabel() and "Fréchet" in left.get_ylabel()
         assert "label accuracy" in right.get_xlabel()
         labels = [text.get_text() for text in left.get_legend().get_texts()]
-        assert labels[:2] == ["IG on [0, 1]", "IG on [0.4, 1]"]
+        assert set(labels[:2]) == {"IG", "IG on [0.4, 1]"}
         # w = 1 is part of both lines.
         assert [line.get_xdata()[1] for line in left.lines[:2]] == [1.0, 1.0]
+
+    def test_of_many_lines_the_best_are_told_apart(self, finished, experiment):
+        """21 lines, of a rule, a source or a time each: the legend names eight and the winner."""
+        config = copy.deepcopy(experiment.config)
+        config.sweep.update(
+            ig_scales=(1.0, 2.0, 1.5), ig_rules=("linear", "zero_star", "rescaled(phi=0.5)"),
+            ig_sources=("auxiliary", "shallow"), ig_schedules=("ramp", "ramp(start=0.5)"),
+            ig_intervals=(0.0, 1.0),
+        )  # fmt: skip
+        settings = sweep.settings_of(config)
+        values = ({"fid": float(i), "label_accuracy": 0.5} for i in range(len(settings)))
+        entries = [
+            Entry(setting, (64,), (value,)) for setting, value in zip(settings, values, strict=True)
+        ]
+        search = self.search(experiment, finished[0])
+        figure = sweep.plot("fid", entries, search.fresh(entries[0].guidance))
+        left = figure.axes[0]
+        labels = [text.get_text() for text in left.get_legend().get_texts()]
+        assert len(labels) == 9 and "IG on ramp from auxiliary by zero_star" in labels
+        drawn = [line for line in left.lines if len(line.get_xdata()) == 3]
+        assert len(drawn) == 18 and all(line.get_xdata()[0] == 1 for line in drawn)
 
 
 class TestBest:
@@ -366,6 +422,24 @@ class TestBest:
         assert config.guidance.ig_scale == best.ig_scale
         assert tuple(config.guidance.ig_interval) == best.ig_interval
         Experiment.from_config(config)
+
+    def test_a_rule_and_a_ramp_win_and_are_applied(self, experiment, trained, tmp_path):
+        """From the flags of a search to the guidance that samples and scores use."""
+        shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+        config = copy.deepcopy(experiment.config)
+        config.sweep.update(
+            ig_scales=(2.0,), ig_intervals=(), ig_schedules=("ramp(stop=0.8)",),
+            ig_rules=("zero_star", "projected(eta=0.5)"), num_samples=64, budget=0,
+        )  # fmt: skip
+        line = sweep.run(config, str(tmp_path))
+        sweep.apply_best(config, tmp_path)
+        rule = config.guidance.ig_rule
+        assert rule in config.sweep.ig_rules and config.guidance.ig_schedule == "ramp(stop=0.8)"
+        assert f"best: IG 2 on ramp(stop=0.8) by {rule}" in line
+        rows = list(csv.DictReader((tmp_path / "sweep" / "sweep.csv").open()))
+        assert rows[0]["ig_rule"] == rule and {r["ig_rule"] for r in rows} == {
+            *config.sweep.ig_rules
+        }
 
     def test_missing_or_damaged(self, tmp_path):
         with pytest.raises(InputError, match="best.json: no such file"):
@@ -384,6 +458,9 @@ class TestBadInput:
             (dict(ig_intervals=(0.0, 1.0, 0.3)), "config.sweep.ig_intervals.*expected pairs"),
             (dict(cfg_intervals=(0.7, 0.3)), "config.sweep.cfg_intervals.*low <= high"),
             (dict(ig_scales=()), "config.sweep.ig_scales is empty"),
+            (dict(cfg_intervals=()), "config.sweep.cfg_intervals is .*expected pairs"),
+            (dict(ig_rules=("zerostar",)), "config.sweep.ig_rules is 'zerostar'.*mean zero_star"),
+            (dict(ig_sources=("weaker",)), "ig_scale is 0.0: expected 1, since .* none was given"),
             (
                 dict(metric="inception_score"),
                 "it needs probabilities; digits-mlp gives pool, ",
