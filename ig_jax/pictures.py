@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,12 @@ SUFFIXES = (
     *(".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"),
 )
 
+# Of text and lines: readable on a white page and on a dark one, as the ground is transparent.
+INK = "#767c86"
 _MIN_SIDE = 64
+_MAX_COLUMNS = 16
+_GAP, _LINE = 4, 16
+_FONT = ImageFont.load_default(size=13)
 # What text files and terminals cannot carry: control characters, line breaks, and the surrogates
 # that stand for bytes which are not UTF-8. The backslash, so that escapes can be told from names.
 _UNPRINTABLE = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -103,35 +110,97 @@ def printable(name: str) -> str:
     return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def labelled_grid(
-    images: np.ndarray, titles: Sequence[str], columns: int | None = None
-) -> Image.Image:
-    """Arranges pictures in rows with a title under each; vectors are points, a colour a title.
+def labelled_grid(images: np.ndarray, titles: Sequence[str]) -> Image.Image:
+    """Arranges pictures by their titles; vectors are points, a colour a title.
+
+    Pictures that share a few titles stand in columns, one a title; others in rows, each above its
+    own title.
 
     Args:
         images: (N, H, W, C) uint8, C of 1 or 3. Small ones are enlarged without smoothing. Or
             vectors (N, D ≥ 2) floats, of which the first two components are shown.
         titles: N short texts.
-        columns: pictures in a row; about √N if None.
     """
     if images.ndim == 2:
         return _scatter(images, titles)
-    count, height, width, _ = images.shape
-    columns = columns or max(1, round(count**0.5))
+    names = sorted(set(titles), key=lambda name: (int(name) if name.isdigit() else 0, name))
+    if 1 < len(names) <= min(_MAX_COLUMNS, len(titles) - 1):
+        columns = [
+            [x for x, title in zip(images, titles, strict=True) if title == n] for n in names
+        ]
+        return picture_table(list(itertools.zip_longest(*columns)), columns=names)
+    width = max(1, round(len(images) ** 0.5))
+    rows = [list(images[i : i + width]) for i in range(0, len(images), width)]
+    captions = [list(titles[i : i + width]) for i in range(0, len(images), width)]
+    return picture_table(rows, captions=captions)
+
+
+def picture_table(
+    cells: Sequence[Sequence[np.ndarray | None]],
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    captions: Sequence[Sequence[str]] = (),
+) -> Image.Image:
+    """Pictures in rows and columns, on a transparent ground in colours for light and dark pages.
+
+    Args:
+        cells: pictures (H, W, C) uint8, C of 1 or 3, a sequence a row; None leaves a place empty.
+        rows: a text on the left of each row.
+        columns: a text above each column.
+        captions: a text under each picture.
+    """
+    height, width, _ = next(x for row in cells for x in row if x is not None).shape
     zoom = max(1, -(-_MIN_SIDE // height))
-    font = ImageFont.load_default(size=13)
-    text_height, gap = 18, 4
-    cell = (width * zoom + gap, height * zoom + text_height + gap)
-    rows = -(-count // columns)
-    canvas = Image.new("RGB", (columns * cell[0] + gap, rows * cell[1] + gap), "white")
+    size = (width * zoom, height * zoom)
+    texts = [*columns, *itertools.chain.from_iterable(captions)]
+    words = itertools.chain.from_iterable(map(str.split, texts))
+    wide = max([size[0], *(math.ceil(_FONT.getlength(word)) for word in words)])
+    margin = max([0, *(math.ceil(_FONT.getlength(text)) + 2 * _GAP for text in rows)])
+    under = [_height(_wrapped(text, wide) for text in row) for row in captions] or [0] * len(cells)
+    top = _height(_wrapped(text, wide) for text in columns)
+    count = max(len(row) for row in cells)
+    tall = top + sum(size[1] + _GAP + extra for extra in under)
+    canvas = Image.new("RGBA", (margin + count * (wide + _GAP) - _GAP, tall - _GAP))
     draw = ImageDraw.Draw(canvas)
-    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
-        left, top = gap + i % columns * cell[0], gap + i // columns * cell[1]
-        picture = from_array(image).resize((width * zoom, height * zoom), Image.Resampling.NEAREST)
-        canvas.paste(picture.convert("RGB"), (left, top))
-        middle = (left + width * zoom / 2, top + height * zoom + 1)
-        draw.text(middle, _fit(title, font, cell[0] - gap), "black", font, anchor="ma")
+
+    def write(x: float, y: float, text: str, anchor: str) -> None:
+        place = {"font": _FONT, "anchor": anchor, "align": "center", "spacing": 2}
+        draw.multiline_text((x, y), text, INK, **place)
+
+    for j, text in enumerate(columns):
+        middle = margin + j * (wide + _GAP) + wide / 2
+        write(middle, top - _GAP, _wrapped(text, wide), "md")
+    y = top
+    for i, row in enumerate(cells):
+        if rows:
+            write(margin - 2 * _GAP, y + size[1] / 2, rows[i], "rm")
+        for j, x in enumerate(row):
+            left = margin + j * (wide + _GAP)
+            if x is not None:
+                picture = from_array(x).resize(size, Image.Resampling.NEAREST)
+                canvas.paste(picture.convert("RGBA"), (left + (wide - size[0]) // 2, y))
+            if captions and j < len(captions[i]):
+                text = _wrapped(captions[i][j], wide)
+                write(left + wide / 2, y + size[1] + _GAP / 2, text, "ma")
+        y += size[1] + _GAP + under[i]
     return canvas
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Text broken between words so that lines fit in a width in pixels, if its words do."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and _FONT.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def _height(texts: Iterable[str]) -> int:
+    """Pixels that the tallest of some texts needs with the gap beside it; 0 without text."""
+    lines = max((text.count("\n") + 1 for text in texts if text), default=0)
+    return lines * _LINE + (_GAP if lines else 0)
 
 
 def _scatter(points: np.ndarray, titles: Sequence[str]) -> Image.Image:
@@ -157,15 +226,6 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     with Image.open(io.BytesIO(resolve(path).read_bytes())) as picture:
         array = np.asarray(picture)
     return array[..., None] if array.ndim == 2 else array
-
-
-def _fit(text: str, font: Any, width: int) -> str:
-    """Cuts a title to a width in pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
 
 
 def save_image(path: epath.PathLike, image: Image.Image) -> None:
@@ -198,7 +258,18 @@ def rendered(figure: Any) -> Image.Image:
 
 
 def save_figure(path: epath.PathLike, figure: Any) -> None:
-    """Writes a matplotlib figure as PNG."""
+    """Writes a matplotlib figure as PNG, on a transparent ground.
+
+    What matplotlib draws in black (text, axes, ticks) becomes `INK`, so that it can be read on
+    light and dark pages.
+    """
+    from matplotlib.colors import same_color
+
+    for artist in figure.findobj():
+        for part in ("color", "edgecolor", "markeredgecolor", "markerfacecolor"):
+            read, change = (getattr(artist, f"{verb}_{part}", None) for verb in ("get", "set"))
+            if read and change and isinstance(read(), str | tuple) and same_color(read(), "k"):
+                change(INK)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", transparent=True)
     resolve(path).write_bytes(buffer.getvalue())

@@ -180,16 +180,21 @@ def plot(results: Sequence[Result]) -> Any:
     for name in METRICS:
         if all(name in result.metrics for result in results):
             panels.setdefault(metric(name).unit, []).append(name)
-    figure = pictures.make_figure(4.6 * len(panels), 3.6)
-    every_axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axes, (label, names) in zip(every_axes, panels.items(), strict=True):
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = pictures.make_figure(4.4 * columns, 3.2 * rows + 0.4)
+    every_axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in every_axes[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (label, names) in zip(every_axes, panels.items(), strict=False):
         for name, marker in zip(names, itertools.cycle("os^vD"), strict=False):
             values = [result.metrics[name] for result in results]
             axes.plot(scales, values, marker=marker, label=title(name, record))
-        axes.axvline(1, color="0.6", linestyle=":", label="no guidance (w = 1)")
+        axes.axvline(1, color=pictures.INK, linestyle=":", label="no guidance (w = 1)")
         axes.set(xlabel="IG scale w", ylabel=label)
         axes.grid(alpha=0.3)
-        axes.legend()
+        # Under the panel: inside, it would lie over the data of some run.
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     figure.suptitle(
         f"{record['num_samples']:,} samples of step {record['checkpoint_step']}, "
         f"{record['sampler']}, labels {record['labels']}; reference: {record['reference']}",

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from ig_jax import pictures
 from ig_jax.diffusion.guidance import GuidanceOptions
@@ -46,12 +46,14 @@ class _Grid(Callback):
     def _path(self, name: str) -> epath.Path:
         return self._setup.workdir / "samples" / name
 
-    def _save(
-        self, name: str, images: np.ndarray, titles: Sequence[str], columns: int | None = None
-    ) -> None:
+    def _names(self, labels: np.ndarray) -> list[str]:
+        classes = self._setup.experiment.spec.num_classes
+        return [self._setup.source.class_names[i] if classes else "" for i in labels]
+
+    def _save(self, name: str, picture: Image.Image) -> None:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_image(path, pictures.labelled_grid(images, titles, columns))
+        pictures.save_image(path, picture)
 
 
 class SampleGrid(_Grid):
@@ -71,19 +73,23 @@ class SampleGrid(_Grid):
         except NotFiniteError as error:  # training may yet mend that
             log.warning("no sample grid: %s", error)
             return
-        classes = self._setup.experiment.spec.num_classes
-        names = [self._setup.source.class_names[i] if classes else "" for i in labels]
-        self._save(f"step_{moment.step:07d}.png", images, names)
+        grid = pictures.labelled_grid(images, self._names(labels))
+        self._save(f"step_{moment.step:07d}.png", grid)
 
 
 class ScaleGrid(_Grid):
     """At the end, a grid of the same noise and labels at each IG scale, a row each."""
 
     def on_end(self, step: int, ema: Params) -> str:
-        config, columns = self._setup.config, 10
+        config = self._setup.config
         scales = config.evaluation.ig_scales or (1.0, config.guidance.ig_scale)
-        rows = [self._draw(ema, columns, ig_scale=float(scale))[0] for scale in scales]
+        drawn = [self._draw(ema, 10, ig_scale=float(scale)) for scale in scales]
         if is_primary():
-            titles = [f"w = {scale:g}" for scale in scales for _ in range(columns)]
-            self._save("scales.png", self._to_images(np.concatenate(rows)), titles, columns)
+            rows, names = [f"w = {scale:g}" for scale in scales], self._names(drawn[0][1])
+            x = self._to_images(np.concatenate([x for x, _ in drawn]))
+            if x.ndim == 2:
+                grid = pictures.labelled_grid(x, np.repeat(rows, 10).tolist())
+            else:
+                grid = pictures.picture_table(x.reshape(len(rows), 10, *x.shape[1:]), rows, names)
+            self._save("scales.png", grid)
         return f"the same noise at each: {self._path('scales.png')}"
