@@ -123,6 +123,7 @@ def validate(config: ConfigDict) -> None:
     spec = model_spec(config)
     optimizer_options(config)
     check_guidance(config, [GuidanceOptions.of(config.guidance)])
+    _check_target(config, spec)
     if not spec.auxiliary_depths:
         _check_no_auxiliary(config)
     if config.train.batch_size % config.train.accumulate:
@@ -179,12 +180,22 @@ def interval_pairs(field: str, values: tuple[float, ...]) -> tuple[tuple[float, 
     return pairs
 
 
-def _check_no_auxiliary(config: ConfigDict) -> None:
-    if config.loss.guided_target_scale and config.loss.guided_target == "auxiliary":
+def _check_target(config: ConfigDict, spec: Spec) -> None:
+    row = tables.make(loss.TARGETS, config.loss.guided_target, "guided_target")
+    needs = getattr(row, "needs", ()) if config.loss.guided_target_scale else ()
+    if "auxiliary" in needs and not spec.auxiliary_depths:
         raise InputError(
             "config.loss.guided_target_scale needs an auxiliary head: "
             "expected config.model.auxiliary_depth of at least 1"
         )
+    if "null" in needs and not spec.num_classes:
+        raise InputError(
+            f"config.loss.guided_target is {config.loss.guided_target!r}, which needs a null label "
+            "∅: expected 'auxiliary', since this model is unconditional"
+        )
+
+
+def _check_no_auxiliary(config: ConfigDict) -> None:
     if config.optimizer.trainable != "all":
         raise InputError(
             f"config.optimizer.trainable is {config.optimizer.trainable!r}: expected 'all', this "

@@ -30,6 +30,8 @@ TABLES: dict[str, tuple[str, str]] = {
     "guidance schedule": ("ig_jax.diffusion.guidance", "SCHEDULES"),
     "training target": ("ig_jax.diffusion.loss", "TARGETS"),
     "error": ("ig_jax.diffusion.loss", "ERRORS"),
+    "loss weight": ("ig_jax.diffusion.loss", "WEIGHTS"),
+    "training time": ("ig_jax.diffusion.interpolant", "TIMES"),
     "data set": ("ig_jax.data.sets", "DATA_SETS"),
     "sampler": ("ig_jax.diffusion.samplers", "SAMPLERS"),
     "metric": ("ig_jax.evaluation.metrics", "METRICS"),

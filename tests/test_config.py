@@ -31,6 +31,9 @@ BAD = {
     "model.remat=some": "config.model.remat is 'some': expected one of none, full, dots",
     "loss.path=liner": "config.loss.path is 'liner': expected one of linear.*did you mean linear",
     "loss.prediction=score": "config.loss.prediction is 'score': expected one of velocity",
+    "loss.times=lognormal(shft=8)": "config.loss.times is .*has no option 'shft'.*mean shift",
+    "loss.weight=speed": "config.loss.weight is 'speed': expected one of even, velocity",
+    "loss.guided_target=nul": "config.loss.guided_target is 'nul': .*did you mean null",
     "loss.label_dropout=2.0": "config.loss.label_dropout is 2.0: expected 0…1",
     "sampler.name=huen": "config.sampler.name is 'huen': expected one of euler.*did you mean heun",
     "sampler.num_steps=0": "config.sampler.num_steps is 0: expected 1…100000",
@@ -96,6 +99,17 @@ def test_a_model_without_auxiliary_head_refuses_internal_guidance():
     config.guidance.ig_scale = 1.5
     with pytest.raises(InputError, match="config.guidance.ig_scale is 1.5: expected 1.*no auxil"):
         config_lib.validate(config)
+
+
+@pytest.mark.parametrize("target", ["null", "segmented"])
+def test_an_unconditional_model_has_no_target_at_the_null_label(target):
+    config = tiny_config()
+    config.model.num_classes = 0
+    config.loss.update(guided_target=target, guided_target_scale=0.5)
+    with pytest.raises(InputError, match=f"config.loss.guided_target is '{target}', which needs a"):
+        config_lib.validate(config)
+    config.loss.guided_target_scale = 0.0
+    config_lib.validate(config)
 
 
 def test_a_variance_without_a_loss_is_sampled_from_but_not_trained(tmp_path):

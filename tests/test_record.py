@@ -200,6 +200,7 @@ OTHERS = {
     "loss.prediction": "data",
     "loss.times": "lognormal",
     "loss.guided_target": "null",
+    "loss.weight": "velocity",
     "optimizer.name": "muon",
     "optimizer.schedule": "cosine",
     "optimizer.newton_schulz_dtype": "float32",

@@ -7,16 +7,16 @@ affine at fixed (x_t, t), which is why guidance may be applied to any of them (I
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ig_jax import checks, tables
 from ig_jax.errors import look_up
 
 PREDICTIONS = ("velocity", "noise", "data")
-TIMES = ("uniform", "lognormal")
 
 # Noise and data predictions carry no information on one end of the path, where converting them
 # divides by zero; the coefficients are taken this far inside instead.
@@ -208,12 +208,27 @@ def velocity_from(
     """Converts a network output at (x_t, t) to velocity; shapes as in `interpolate`."""
     if prediction == "velocity":
         return output
-    t = expand(jnp.clip(t, _MARGIN, 1 - _MARGIN) if path.name != "vp" else t, x_t)
+    rate, gain = _velocity_coefficients(path, prediction, expand(t, x_t))
+    return rate * x_t + gain * output
+
+
+def velocity_gain(path: Interpolant, prediction: str, t: jax.Array) -> jax.Array:
+    """How much the velocity at times t moves with a network's output, of the shape of t."""
+    if prediction == "velocity":
+        return jnp.ones_like(t)
+    return _velocity_coefficients(path, prediction, t)[1]
+
+
+def _velocity_coefficients(
+    path: Interpolant, prediction: str, t: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(a, b) of `v = a·x_t + b·output`, for a prediction of noise or data."""
+    t = t if path.name == "vp" else jnp.clip(t, _MARGIN, 1 - _MARGIN)
     if prediction == "noise":
         rate = path.alpha_rate(t) / path.alpha(t)
-        return rate * x_t + (path.sigma_rate(t) - rate * path.sigma(t)) * output
+        return rate, path.sigma_rate(t) - rate * path.sigma(t)
     rate = path.sigma_rate(t) / jnp.maximum(path.sigma(t), 1e-4)
-    return rate * x_t + (path.alpha_rate(t) - rate * path.alpha(t)) * output
+    return rate, path.alpha_rate(t) - rate * path.alpha(t)
 
 
 def score_from_velocity(
@@ -238,11 +253,47 @@ def data_and_noise_from_velocity(
     return x, noise
 
 
+def shift_times(t: Any, shift: float) -> Any:
+    """`s·t/(1 + (s − 1)·t)`: times of [0, 1] moved up where s > 1 (Esser et al. 2024, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Evenly on (0, 1).
+
+    Attributes:
+        shift: s of `shift_times`, in the path's own time.
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.TIME_SHIFT.check("shift", self.shift)
+
+    def __call__(self, path: Interpolant, key: jax.Array, count: int) -> jax.Array:
+        return shift_times(jax.random.uniform(key, (count,)), self.shift)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogNormal(Uniform):
+    """Of normal log noise levels (`lognormal_times`): logit-normal times on the linear path.
+
+    RAEv2 trains on shift 8, which is `sqrt(262144/4096)` of its latents (arXiv 2605.18324).
+    """
+
+    def __call__(self, path: Interpolant, key: jax.Array, count: int) -> jax.Array:
+        times = lognormal_times(path, jax.random.normal(key, (count,)))
+        return shift_times(times, self.shift)
+
+
+# `row(path, key, count) -> (count,)` path times in [0, 1] to train at.
+TIMES: dict[str, type] = {"uniform": Uniform, "lognormal": LogNormal}
+
+
 def draw_times(path: Interpolant, kind: str, key: jax.Array, count: int) -> jax.Array:
-    """Draws (count,) training times: uniform on (0, 1), or "lognormal" (`lognormal_times`)."""
-    if kind == "uniform":
-        return path.training_time(jax.random.uniform(key, (count,)))
-    return path.training_time(lognormal_times(path, jax.random.normal(key, (count,))))
+    """Draws (count,) training times by a row of `TIMES`, such as "lognormal(shift=8)"."""
+    return path.training_time(tables.make(TIMES, kind, "times")(path, key, count))
 
 
 def lognormal_times(path: Interpolant, normal: jax.Array) -> jax.Array:

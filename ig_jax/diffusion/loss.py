@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from ig_jax import checks
+from ig_jax import checks, tables
 from ig_jax.diffusion import interpolant as interpolants
+from ig_jax.diffusion.guidance import check_bounds
 from ig_jax.fields import field
 from ig_jax.models.network import Heads, Network
 
@@ -22,7 +24,7 @@ class Losses:
 
     Attributes:
         total: `final + λ·auxiliary + cosine_weight·cosine`.
-        final: mean squared error of the final head over every element.
+        final: mean squared error of the final head over every element, weighted.
         auxiliary: the same of the auxiliary head, before λ: the mean over the heads of a network
             with several, so that λ keeps its meaning; zero for a network without one.
         cosine: mean over positions of 1 − cos(final, target) along channels (zero if unused).
@@ -34,22 +36,109 @@ class Losses:
     cosine: jax.Array
 
 
-def auxiliary_gap(heads: Heads, at_null: Callable[[], Heads]) -> jax.Array:
-    """`D_f − D_i` of the first auxiliary head, the weakest (IG paper, §5)."""
-    return heads.final - heads.auxiliary[0]
+class Target(Protocol):
+    """A guided training target, `target + ω·sg(strong − weak)`: a row of `TARGETS`.
+
+    A frozen dataclass, its fields being its options. `row(heads, at_null, t)` is the difference
+    strong − weak, (B, …).
+
+    Attributes:
+        needs: what the network must have: "auxiliary" for a head, "null" for the label ∅. Without
+            it, nothing.
+    """
+
+    needs: ClassVar[tuple[str, ...]]
+
+    def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
+        """The difference, from the heads and from those of the same network's pass at ∅.
+
+        Noise times t (B,) run from 0, data, to 1, noise, on every path.
+        """
+        ...
 
 
-def null_gap(heads: Heads, at_null: Callable[[], Heads]) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class AuxiliaryTarget:
+    """`D_f − D_i`, of the first head, the weakest: IG's ω (IG paper, §5), SGG's branch target
+    (arXiv 2603.20584)."""
+
+    needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
+
+    def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
+        return heads.final - heads.auxiliary[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class NullTarget:
     """`D_f(c) − D_f(∅)`: model guidance (Tang et al. 2025, arXiv 2502.12154, eq. 12)."""
-    return heads.final - at_null().final
+
+    needs: ClassVar[tuple[str, ...]] = ("null",)
+
+    def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
+        return heads.final - at_null().final
 
 
-# `row(heads, at_null) -> (B, …)`: the difference strong − weak by which a guided target is moved,
-# `target + ω·sg(strong − weak)`; `at_null()` is the same network's pass at the null label ∅.
-TARGETS: dict[str, Callable[[Heads, Callable[[], Heads]], jax.Array]] = {
-    "auxiliary": auxiliary_gap,
-    "null": null_gap,
+@dataclasses.dataclass(frozen=True)
+class SegmentedTarget:
+    """`D_f(c) − D_f(∅)` at t in [low, high], `D_f − D_i` below, 0 above: SGG's segmented form
+    (arXiv 2603.20584).
+
+    Attributes:
+        low, high: noise times between 0, data, and 1, noise.
+    """
+
+    low: float = 0.3
+    high: float = 0.7
+    needs: ClassVar[tuple[str, ...]] = ("auxiliary", "null")
+
+    def __post_init__(self) -> None:
+        check_bounds("segmented", (self.low, self.high))
+
+    def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
+        t = interpolants.expand(t, heads.final)
+        middle, below = (row(heads, at_null, t) for row in (NullTarget(), AuxiliaryTarget()))
+        return jnp.where(t < self.low, below, jnp.where(t <= self.high, middle, 0.0))
+
+
+TARGETS: dict[str, type] = {
+    "auxiliary": AuxiliaryTarget,
+    "null": NullTarget,
+    "segmented": SegmentedTarget,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Even:
+    """1: every time counts the same."""
+
+    def __call__(
+        self, path: interpolants.Interpolant, prediction: str, t: jax.Array
+    ) -> jax.Array | float:
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AsVelocity:
+    """The error of the velocity that a prediction stands for: 1/σ² for data on the linear path.
+
+    RAEv2 predicts data so: `‖x̂ − x‖² / max(t, 0.05)²` (arXiv 2605.18324).
+
+    Attributes:
+        floor: bounds it to 1/floor².
+    """
+
+    floor: float = 0.05
+
+    def __post_init__(self) -> None:
+        checks.POSITIVE.check("floor", self.floor)
+
+    def __call__(self, path: interpolants.Interpolant, prediction: str, t: jax.Array) -> jax.Array:
+        gain = jnp.abs(interpolants.velocity_gain(path, prediction, t))
+        return jnp.square(jnp.minimum(gain, 1 / self.floor))
+
+
+# `row(path, prediction, t) -> (B,)`: the weight of squared errors at path times t (B,).
+WEIGHTS: dict[str, type] = {"even": Even, "velocity": AsVelocity}
 # `row(prediction, target) -> (B, …)`: the error of every element, whose mean a head minimises.
 ERRORS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "squared": lambda prediction, target: jnp.square(prediction - target),
@@ -66,7 +155,12 @@ class LossOptions:
     prediction: str = field(
         "velocity", "what the network predicts", choices=interpolants.PREDICTIONS
     )
-    times: str = field("uniform", "how training times are drawn", choices=interpolants.TIMES)
+    times: str = field(
+        "uniform", "how training times are drawn: lognormal(shift=8)", table=interpolants.TIMES
+    )
+    weight: str = field(
+        "even", "weight of a time; velocity: errors count as the velocity's", table=WEIGHTS
+    )
     auxiliary_weight: float = field(0.5, "λ, weight of the auxiliary heads", limits=checks.WEIGHT)
     label_dropout: float = field(0.1, "probability of replacing a label by ∅", limits=checks.SHARE)
     cosine_weight: float = field(
@@ -76,10 +170,24 @@ class LossOptions:
         0.0, "ω of the training acceleration; 0 for none", limits=checks.WEIGHT
     )
     guided_target: str = field(
-        "auxiliary", "what ω pushes away from: the auxiliary head, or ∅", choices=TARGETS
+        "auxiliary", "what ω pushes away from: the auxiliary head, or ∅", table=TARGETS
     )
     error: str = field("squared", "the error that every head minimises", choices=ERRORS)
     guided_target_start: int = field(0, "step at which ω starts", limits=checks.COUNT_OR_NONE)
+    guided_target_warmup: int = field(
+        0, "steps over which it grows from 0", limits=checks.COUNT_OR_NONE
+    )
+    guided_target_power: float = field(
+        1.0, "α of that growth, ω·τ^α, where τ rises evenly to 1", limits=checks.POSITIVE
+    )
+
+    def omega(self, step: jax.Array) -> jax.Array:
+        """ω at a step, (); its growth is SGG's (arXiv 2603.20584)."""
+        since = step - self.guided_target_start
+        if not self.guided_target_warmup:
+            return jnp.where(since >= 0, self.guided_target_scale, 0.0)
+        share = jnp.clip(since / self.guided_target_warmup, 0.0, 1.0)
+        return self.guided_target_scale * share**self.guided_target_power
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -100,6 +208,7 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
 def losses_from(
     heads: Heads,
     target: jax.Array,
+    t: jax.Array,
     options: LossOptions,
     omega: jax.Array | float,
     at_null: Callable[[], Heads] | None = None,
@@ -109,20 +218,28 @@ def losses_from(
     Args:
         heads: of one forward pass.
         target: what they should be.
+        t: (B,) path times.
         options: see `LossOptions`.
         omega: ω at this step.
         at_null: gives the heads at the null label, for targets that need them.
     """
-    error, final_target = ERRORS[options.error], target
+    path, final_target = interpolants.get(options.path), target
+    row = tables.make(WEIGHTS, options.weight, "weight")
+    weight = interpolants.expand(jnp.asarray(row(path, options.prediction, t)), target)
+
+    def error(head: jax.Array, target: jax.Array) -> jax.Array:
+        return _mean(weight * ERRORS[options.error](head, target))
+
     zero = jnp.zeros(target.shape[0], jnp.float32)
     auxiliary = zero
     if heads.auxiliary:
-        errors = [_mean(error(head, target)) for head in heads.auxiliary]
+        errors = [error(head, target) for head in heads.auxiliary]
         auxiliary = sum(errors[1:], errors[0]) / len(errors)
     if options.guided_target_scale:
-        gap = TARGETS[options.guided_target](heads, at_null)
+        row = tables.make(TARGETS, options.guided_target, "guided_target")
+        gap = row(heads, at_null, jnp.abs(t - path.data_time))
         final_target = target + omega * jax.lax.stop_gradient(gap)
-    final = _mean(error(heads.final, final_target))
+    final = error(heads.final, final_target)
     cosine = cosine_distance(heads.final, final_target) if options.cosine_weight else zero
     total = final + options.auxiliary_weight * auxiliary + options.cosine_weight * cosine
     return Losses(total, final, auxiliary, cosine)
@@ -161,7 +278,7 @@ def losses_at(
     def at_null() -> Heads:
         return network(x_t, network_t, jnp.full_like(labels, null_label))
 
-    return losses_from(heads, target, options, omega, at_null)
+    return losses_from(heads, target, t, options, omega, at_null)
 
 
 def drop_labels(labels: jax.Array, key: jax.Array, rate: float, null_label: int) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 from ig_jax import checks, tables
 from ig_jax.diffusion import interpolant as interpolants
 from ig_jax.diffusion.field import GuidedVelocity, Velocity
-from ig_jax.diffusion.interpolant import Interpolant
+from ig_jax.diffusion.interpolant import Interpolant, shift_times
 from ig_jax.errors import InputError
 from ig_jax.streams import stream
 
@@ -440,7 +440,7 @@ def time_grid(
     if len(grid) < 2:
         name = tables.spell(SAMPLERS, sampler)
         raise InputError(f"num_steps is {num_steps}: {name} needs at least one interval")
-    shifted = time_shift * grid / (1 + (time_shift - 1) * grid)
+    shifted = shift_times(grid, time_shift)
     # The ends are fixed points of the shift; rounding must not move them off 0 and 1.
     return np.where((grid == 0) | (grid == 1), grid, shifted)
 

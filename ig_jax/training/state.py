@@ -84,8 +84,6 @@ def make_loss(
 
     def losses(params: Params, batch: Any, key: jax.Array, step: jax.Array) -> loss_lib.Losses:
         x = model_input(batch, stream(key, "posterior"), shift=options.shift, scale=options.scale)
-        started = step >= options.loss.guided_target_start
-        omega = jnp.where(started, options.loss.guided_target_scale, 0.0)
         return loss_lib.losses(
             bind(params),
             x,
@@ -93,7 +91,7 @@ def make_loss(
             stream(key, "loss"),
             options.loss,
             options.null_label,
-            omega,
+            options.loss.omega(step),
         )
 
     return losses

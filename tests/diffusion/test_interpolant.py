@@ -85,6 +85,24 @@ def test_lognormal_times():
     )
 
 
+def test_logit_normal_times_with_a_shift():
+    """RAEv2: the logistic of a normal, then `s·t/(1 + (s − 1)·t)`; the median lies at s/(1 + s)."""
+    path = interpolant.get("linear")
+    key = jax.random.key(0)
+    plain = interpolant.draw_times(path, "lognormal", key, 4001)
+    np.testing.assert_allclose(plain, jax.nn.sigmoid(jax.random.normal(key, (4001,))), rtol=1e-5)
+    shifted = interpolant.draw_times(path, "lognormal(shift=8)", key, 4001)
+    np.testing.assert_allclose(shifted, 8 * plain / (1 + 7 * plain), rtol=1e-5)
+    assert abs(float(jnp.median(shifted)) - 8 / 9) < 0.01
+    even = interpolant.draw_times(path, "uniform(shift=0.5)", key, 4001)
+    assert abs(float(jnp.median(even)) - 1 / 3) < 0.02
+    np.testing.assert_array_equal(
+        interpolant.draw_times(path, "uniform", key, 9), jax.random.uniform(key, (9,))
+    )
+    with pytest.raises(InputError, match="shift is 0: expected 0.001"):
+        interpolant.draw_times(path, "lognormal(shift=0)", key, 1)
+
+
 def test_unknown_path_names_the_known_ones():
     with pytest.raises(InputError, match="unknown path 'liner'.*linear, cosine.*did you mean"):
         interpolant.get("liner")
