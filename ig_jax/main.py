@@ -177,9 +177,12 @@ def define_config(argv: list[str]) -> None:
     if files:
         config = extensions.read_config(files[-1])
     elif workdir:
-        from ig_jax.storage.checkpoints import parse_step, saved_config
+        from ig_jax.storage.checkpoints import parse_step, resumed_config, saved_config
 
-        config = saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
+        config = None
+        if (_argument(argv, "mode") or "train") == "train":
+            config = resumed_config(workdir)
+        config = config or saved_config(workdir, parse_step(_argument(argv, "step") or "last"))
     else:
         raise InputError("--config=FILE (and --workdir=DIR) expected: see `python -m ig_jax.main`")
     if imports:

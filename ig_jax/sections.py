@@ -139,6 +139,9 @@ class TrainOptions:
     )
     checkpoint_every: int = _free(5_000, "steps between checkpoints", limits=checks.COUNT)
     max_to_keep: int = _free(3, "newest checkpoints kept, besides the best", limits=checks.COUNT)
+    verify_checkpoints: bool = _free(
+        True, "compare checksums of weights that are read (0.5 s a GiB); else sizes alone"
+    )
     profile_at: int = _free(
         0, "step at which a profile is recorded; 0: never", limits=checks.COUNT_OR_NONE
     )

@@ -127,9 +127,8 @@ def load_workdir(workdir: str, which: int | str = "last", ema: bool = True) -> D
     Returns:
         A model ready to call. Raises `InputError` if there is no such checkpoint.
     """
-    saved_config(workdir)  # refuses a directory without checkpoints, where Orbax would make one
+    config = saved_config(workdir, which)
     checkpoints = Checkpoints(workdir, read_only=True)
-    config = checkpoints.config(which)
     config_lib.validate(config)
     graphdef, shapes = functional.split(families.abstract(config_lib.model_spec(config)))
     place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])

@@ -75,7 +75,8 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
                 f"config.guidance.weak is {workdir!r}, where {field} is {found}: "
                 f"expected {expected}"
             )
-    checkpoints = Checkpoints(workdir, read_only=True)
+    verify = experiment.config.train.verify_checkpoints
+    checkpoints = Checkpoints(workdir, read_only=True, verify=verify)
     params = checkpoints.weights(weak.abstract_params(), step)
     checkpoints.close()
     return Weaker(params, weak.graphdef)
@@ -90,7 +91,8 @@ def open_weights(
     `InputError` if there is no such checkpoint.
     """
     ema = experiment.config.sampler.ema
-    checkpoints = Checkpoints(workdir, read_only=True)
+    verify = experiment.config.train.verify_checkpoints
+    checkpoints = Checkpoints(workdir, read_only=True, verify=verify)
     step = checkpoints.step(which)
     params = checkpoints.weights(experiment.abstract_params(), step, ema)
     checkpoints.close()

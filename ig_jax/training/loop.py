@@ -75,7 +75,11 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
         str(setup.workdir), just_logging=not is_primary(), asynchronous=True
     )
     stack.callback(writer.close)
-    checkpoints = Checkpoints(setup.workdir, max_to_keep=config.train.max_to_keep)
+    checkpoints = Checkpoints(
+        setup.workdir,
+        max_to_keep=config.train.max_to_keep,
+        verify=config.train.verify_checkpoints,
+    )
     stack.callback(checkpoints.close)
     state, data_state = setup.initial_state(checkpoints)
     first_step = int(state.step)

@@ -24,7 +24,7 @@ from ig_jax.models.functional import Params, split
 from ig_jax.models.trunk import TrunkSpec, add_heads
 from ig_jax.parallel import sharding
 from ig_jax.paths import resolve
-from ig_jax.storage.checkpoints import FOLDER, Checkpoints
+from ig_jax.storage.checkpoints import FOLDER, Checkpoints, resumed_config
 from ig_jax.streams import stream
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
@@ -150,8 +150,7 @@ class Setup:
 
     def initial_state(self, checkpoints: Checkpoints) -> tuple[state_lib.TrainState, dict | None]:
         """The state to start from, and the data iterator's state if it was restored."""
-        if checkpoints.steps():
-            restored = checkpoints.restore(self.programs.shapes)
+        if restored := checkpoints.resume(self.programs.shapes):
             return restored.state, restored.data
         state = self.programs.init(stream(self.config.seed, "initialisation"))
         if self.config.train.init_from:
@@ -167,9 +166,8 @@ def _check_workdir(experiment: Experiment, workdir: epath.Path) -> None:
         if config.train.init_from:
             initial_network(experiment)
         return
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        lines = checkpoints.steps() and config_lib.differences(config, checkpoints.config())
-    if lines:
+    saved = resumed_config(workdir)
+    if saved is not None and (lines := config_lib.differences(config, saved)):
         raise InputError(f"{workdir} holds checkpoints of another config: {'; '.join(lines)}")
 
 
@@ -209,7 +207,9 @@ def initial_weights(experiment: Experiment, fresh: Params) -> Params:
     """
     there = initial_network(experiment)
     workdir = experiment.config.train.init_from
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
+    verify = experiment.config.train.verify_checkpoints
+    opened = Checkpoints(workdir, read_only=True, verify=verify)
+    with contextlib.closing(opened) as checkpoints:
         params = checkpoints.weights(there.abstract_params())
     params = add_heads(params, there.spec, experiment.spec, fresh)
     places = sharding.state_sharding(experiment.mesh, params, experiment.layout)
