@@ -456,24 +456,26 @@ def plot(metric: str, entries: Sequence[Entry], confirmed: Result) -> Any:
         better = "higher" if METRICS[name].better > 0 else "lower"
         return f"{report.title(name, record)} ({better} is better)"
 
-    figure = pictures.make_figure(5.4 * len(panels), 4.4)
+    figure = pictures.make_figure(5.0 * len(panels), 4.8)
     for axes, names in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for rank, (title, line) in enumerate(_lines(entries, varied).items()):
             xy = [[point(entry, name) for entry in line] for name in names]
-            style = dict(label=title) if rank < COLOURED else dict(color="0.8", zorder=1)
-            (drawn,) = axes.plot(*xy, lw=1, **style)
-            sizes = [14 * len(entry.samples) for entry in line]
-            axes.scatter(*xy, sizes, color=drawn.get_color())
+            color = f"C{rank}" if rank < COLOURED else "0.6"
+            if names[0] == scale_label:  # against another metric a line would have no meaning
+                axes.plot(*xy, lw=1, color=color, label=title if rank < COLOURED else None)
+            axes.scatter(*xy, [14 * len(entry.samples) for entry in line], color=color)
         best = [point(entries[0], name) for name in names]
-        axes.plot(*best, "k*", ms=12, label="winner", linestyle="none")
+        axes.plot(*best, "k*", ms=13, label="winner", linestyle="none")
         axes.set(xlabel=label(names[0]), ylabel=label(names[1]))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize="small")
-    title = report.title(metric, record)
+    handles = figure.axes[0].get_legend_handles_labels()
+    # Under the panels: inside, it would lie over the data of some run.
+    figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False)
+    value = f"{report.title(metric, record)} {point(entries[0], metric):.4g}"
     figure.suptitle(
-        f"guidance search, step {record['checkpoint_step']}: the first {first:,} samples of each "
-        "setting; larger markers went further\n"
-        f"winner: {describe_guidance(record)}, {title} {confirmed.metrics[metric]:.4g} "
+        f"guidance search, step {record['checkpoint_step']}: each setting on the same {first:,} "
+        "samples; larger markers went further\n"
+        f"winner: {describe_guidance(record)}, {value} here, {confirmed.metrics[metric]:.4g} "
         f"on {record['num_samples']:,} fresh samples",
         fontsize="medium",
     )

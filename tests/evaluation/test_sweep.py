@@ -386,8 +386,12 @@ class TestSearch:
         left, right = figure.axes
         assert "IG scale" in left.get_xlabel() and "Fréchet" in left.get_ylabel()
         assert "label accuracy" in right.get_xlabel()
-        labels = [text.get_text() for text in left.get_legend().get_texts()]
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert set(labels[:2]) == {"IG", "IG on [0.4, 1]"}
+        assert not right.lines[:-1] and len(right.collections) == 2  # points and the star
+        # The title tells the drawn value of the winner from that on fresh samples.
+        (_, drawn) = left.lines[-1].get_xydata()[0]
+        assert f"{drawn:.4g} here" in figure.get_suptitle()
         # w = 1 is part of both lines.
         assert [line.get_xdata()[1] for line in left.lines[:2]] == [1.0, 1.0]
 
@@ -407,7 +411,7 @@ class TestSearch:
         search = self.search(experiment, finished[0])
         figure = sweep.plot("fid", entries, search.fresh(entries[0].guidance))
         left = figure.axes[0]
-        labels = [text.get_text() for text in left.get_legend().get_texts()]
+        labels = [text.get_text() for text in figure.legends[0].get_texts()]
         assert len(labels) == 9 and "IG on ramp from auxiliary by zero_star" in labels
         drawn = [line for line in left.lines if len(line.get_xdata()) == 3]
         assert len(drawn) == 18 and all(line.get_xdata()[0] == 1 for line in drawn)
