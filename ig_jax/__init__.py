@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.convert.workdir import load_workdir
     from ig_jax.diffusion.guidance import Guidance
     from ig_jax.errors import InputError, NotFiniteError
-    from ig_jax.hub import Pretrained, from_pretrained, load_decoder
+    from ig_jax.hub import Pretrained, from_pretrained, load_decoder, push_to_hub
     from ig_jax.models.dit import DiT, DiTSpec
     from ig_jax.models.families import add_auxiliary_head
     from ig_jax.models.network import Heads
@@ -39,6 +39,7 @@ __all__ = [
     "from_pytorch",
     "load_decoder",
     "load_workdir",
+    "push_to_hub",
     "sample",
     "to_pytorch",
 ]
@@ -49,7 +50,7 @@ _MODULES = {
     "convert.workdir": ("load_workdir",),
     "diffusion.guidance": ("Guidance",),
     "errors": ("InputError", "NotFiniteError"),
-    "hub": ("Pretrained", "from_pretrained", "load_decoder"),
+    "hub": ("Pretrained", "from_pretrained", "load_decoder", "push_to_hub"),
     "models.dit": ("DiT", "DiTSpec"),
     "models.families": ("add_auxiliary_head",),
     "models.network": ("Heads",),

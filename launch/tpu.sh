@@ -48,7 +48,8 @@ Options (--option=value or --option value)
   --max-restarts N          of a run that fails by itself, in watch (default 3)
   --create-flag FLAG        for gcloud's create, as in --network=…; may be repeated
   --connect-flag FLAG       for gcloud's ssh and scp, as in --internal-ip; may be repeated
-  --dry-run                 print the commands, one a line, and run nothing (resume: as if preempted)
+  --dry-run                 print the commands, one a line, and run nothing (resume: as if preempted);
+                            later dry runs go on from there
 
 The workdir should be on gs://: a preempted TPU loses its disks, and all workers write checkpoints.
 gcloud reaches several workers only with your key in the agent: ssh-add ~/.ssh/google_compute_engine
@@ -134,10 +135,14 @@ parse() {
   done
 }
 
-record_file() { printf '%s/%s.%s' "${IG_JAX_LAUNCH_DIR:-$HOME/.ig_jax/launch}" "$zone" "$name"; }
+record_file() { # a dry run sees what real ones remember; where there is none, dry runs have their own
+  local folder=${IG_JAX_LAUNCH_DIR:-$HOME/.ig_jax/launch}
+  [[ -z $dry_run || -e $folder/$zone.$name ]] || folder+=/dry-run
+  printf '%s/%s.%s' "$folder" "$zone" "$name"
+}
 
 remember() { # the record is a command line, one word after the other, NUL-terminated
-  [[ -z $dry_run ]] || return 0
+  [[ -z $dry_run || $(record_file) == */dry-run/* ]] || return 0
   local file words=("--kind=$kind" "--slices=$slices" "--source=$source") word
   for word in project accelerator_type runtime_version as_of; do
     [[ -z ${!word} ]] || words+=("--${word//_/-}=${!word}")
@@ -496,7 +501,7 @@ main() {
     create | queue) do_create ;;
     delete)
       do_delete
-      [[ -n $dry_run ]] || rm -f "$(record_file)"
+      [[ -n $dry_run && $(record_file) != */dry-run/* ]] || rm -f "$(record_file)"
       ;;
     watch) do_watch "$@" ;;
     *) "do_$command" ;;

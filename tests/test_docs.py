@@ -11,12 +11,14 @@ import pkgutil
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 
 import pytest
 from flax import nnx
 
 import ig_jax
+from ig_jax import extensions, fields, main, sections
 
 ROOT = pathlib.Path(ig_jax.__file__).parent
 
@@ -221,3 +223,55 @@ def test_ci_fails_with_a_broken_readme(tmp_path, change):
     assert change[0] in README
     code, calls = run_ci(tmp_path, README.replace(*change, 1))
     assert code != 0 and "pytest -m slow" not in calls
+
+
+PAGES = sorted((CHECKOUT / "docs").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_name_what_there_is(page):
+    """Configs, modes and config fields of the commands, and what is imported."""
+    text = page.read_text()
+    declared = fields.every(sections.Config)
+    rows = declared | dict.fromkeys(fields.sections(sections.Config))
+    for config in re.findall(r"--config=(?:configs/)?([\w/]+)", text):
+        assert config in extensions.built_in_configs(), config
+    for mode in re.findall(r"--mode=(\w+)", text):
+        assert mode in main.MODES, mode
+    for field in re.findall(r"(?:--|`)config\.([a-z_]+(?:\.[a-z_]+)?)", text):
+        assert field in rows, field
+    for module, names in re.findall(r"^from (ig_jax[\w.]*) import (.*)$", text, re.M):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), (module, name)
+    for path in re.findall(r"`((?:ig_jax|launch|configs)/[\w./]+\.\w+)`", text):
+        assert (CHECKOUT / path).exists(), path
+
+
+def test_every_public_name_is_on_a_page():
+    shown = set(re.findall(r"^::: (\S+)$", "".join(page.read_text() for page in PAGES), re.M))
+    for name, thing in exported().items():
+        names = {f"ig_jax.{name}", f"{thing.__module__}.{thing.__qualname__}"}
+        assert names & shown, f"{name} is on no page of docs/"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path):
+    def build(root):
+        command = ["mkdocs", "build", "--strict", "--config-file", root / "mkdocs.yml"]
+        return subprocess.run(
+            [sys.executable, "-m", *command, "--site-dir", tmp_path / "site"],
+            env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+            capture_output=True,
+            text=True,
+        )
+
+    done = build(CHECKOUT)
+    assert done.returncode == 0, done.stderr
+    assert {page.stem for page in PAGES} <= {path.stem for path in tmp_path.glob("site/*.html")}
+    text = (tmp_path / "site/guidance.html").read_text()
+    assert "innermost first" in text and "The guided velocity" not in text
+    shutil.copytree(CHECKOUT / "docs", tmp_path / "docs")
+    shutil.copy(CHECKOUT / "mkdocs.yml", tmp_path)
+    (tmp_path / "docs" / "library.md").write_text("# Library\n\n[nothing](nothing.md)\n")
+    assert "nothing.md" in build(tmp_path).stderr
+    assert build(tmp_path).returncode == 1

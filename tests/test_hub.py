@@ -3,23 +3,36 @@ with random checkpoints of a few thousand parameters."""
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import http.server
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import threading
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from huggingface_hub import constants
 
 import ig_jax
-from ig_jax import hub
+from ig_jax import hub, recipes
+from ig_jax.convert.workdir import save_workdir
+from ig_jax.diffusion.guidance import (
+    Auxiliary,
+    Guidance,
+    Interval,
+    Projected,
+    ShallowNull,
+    Term,
+)
 from ig_jax.errors import InputError
 from ig_jax.models.autoencoder import AUTOENCODERS, AutoencoderSpec, PublishedAutoencoder
 from ig_jax.storage import weight_files
@@ -55,7 +68,7 @@ def weights(spec):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The three requests of the hub's interface that the client makes."""
+    """The requests of the hub's interface that the client makes to read and to write."""
 
     def _answer(self, body: bool) -> None:
         path, files_ = self.path.split("?")[0], self.server.files
@@ -87,6 +100,38 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(content)
+
+    def do_POST(self):
+        path = self.path.split("?")[0]
+        self.server.requests.append(f"POST {path}")
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        code, answer = 200, {}
+        if path == "/api/repos/create":
+            asked = json.loads(content)
+            repository = f"{asked['organization']}/{asked['name']}"
+            self.server.made[repository] = asked.get("private", asked.get("visibility"))
+            answer = {"url": f"/{repository}"}
+            if not self.headers["Authorization"]:
+                code, answer = 401, {"error": "Invalid username or password."}
+        elif path == "/api/validate-yaml":
+            answer = {"errors": [], "warnings": []}
+        elif path.endswith("/preupload/main"):
+            files = json.loads(content)["files"]
+            plain = {"uploadMode": "regular", "shouldIgnore": False}
+            answer = {"files": [{"path": file["path"], **plain} for file in files]}
+        elif path.endswith("/commit/main"):
+            repository = path.removeprefix("/api/models/").removesuffix("/commit/main")
+            for line in map(json.loads, content.splitlines()):
+                if line["key"] == "file":
+                    data = base64.b64decode(line["value"]["content"])
+                    self.server.files[repository, line["value"]["path"]] = data
+            answer = {"commitUrl": f"/{repository}/commit/{COMMIT}", "commitOid": COMMIT}
+        body = json.dumps(answer).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def do_GET(self):
         self._answer(body=True)
@@ -121,7 +166,7 @@ def checkpoints(tmp_path_factory):
 def server(checkpoints, monkeypatch, tmp_path):
     """A hub with one SiT, one LightningDiT and their autoencoders, and an empty cache."""
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    running.requests = []
+    running.requests, running.made = [], {}
     running.files = {
         ("lab/ig", "README.md"): b"# weights",
         ("lab/ig", "SiT/0400000.safetensors"): checkpoints["sit"],
@@ -137,6 +182,7 @@ def server(checkpoints, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
     for name, shift, scale in (("sd-small", 0.5, 4.0), ("va-small", None, None)):
         published = PublishedAutoencoder(VAE, "lab/vae", "vae.safetensors", shift, scale)
         monkeypatch.setitem(AUTOENCODERS, name, published)
@@ -258,6 +304,114 @@ def test_a_cache_with_other_files_of_the_repository_does_not_have_it(server, mon
     for file in ("SiT/", "SiT/0400000.safetensors", "Lig/"):
         with pytest.raises(InputError, match=f"lab/ig/{file}: the cache .*HF_HUB_OFFLINE is set"):
             hub.fetch("lab/ig", file)
+
+
+# Publishing.
+
+GUIDANCE = Guidance.of(
+    Term(Auxiliary(), 1.4, when=Interval(0.3, 1.0), rule=Projected(eta=0.5)),
+    Term(ShallowNull(), 1.3, null_scale=1.0, channels=3),
+)
+PIXELS = dataclasses.replace(SPEC, channels=1, input_size=8, num_classes=3)
+
+
+def network(spec):
+    return ig_jax.from_pytorch(
+        weights(spec), family=spec.family, heads=spec.heads, auxiliary_depth=spec.auxiliary_depths
+    )
+
+
+def test_published_and_read_back(server):
+    model = network(PIXELS)
+    address = ig_jax.push_to_hub(
+        model, "me/small", guidance=GUIDANCE, scores={"FID": 5.5, "recall": 0.6}, private=True
+    )
+    assert COMMIT in address and list(server.made) == ["me/small"]
+    assert server.made["me/small"] in (True, "private")
+
+    found = ig_jax.from_pretrained("me/small")
+    assert found.model.spec == PIXELS
+    for name, array in ig_jax.to_pytorch(found.model).items():
+        np.testing.assert_array_equal(array, ig_jax.to_pytorch(model)[name])
+    published = found.published
+    assert published.guidance.record() == GUIDANCE.record()
+    assert (published.fid, published.scores["recall"]) == (5.5, 0.6)
+    assert published.recipe["loss"]["path"] == "linear"
+    assert published.recipe["data"]["image_size"] == 8
+    assert found.sha256 and found.decoder.autoencoder is None
+
+    text = server.files["me/small", "README.md"].decode()
+    card = huggingface_hub.ModelCard(text)
+    assert card.data.library_name == "ig_jax" and "sit" in card.data.tags
+    assert {r.metric_name: r.metric_value for r in card.data.eval_results} == published.scores
+    assert "auxiliary, scale 1.4, projected(eta=0.5), when interval(low=0.3)" in text
+    assert "| FID | 5.5 |" in text and "| loss.path | linear |" in text
+    [program] = re.findall("```python\n(.*?)```", text, re.DOTALL)
+    shown = {}
+    exec(program.replace("decoder=", "sampler='euler', num_steps=2, decoder="), shown)
+    assert shown["pictures"].shape == (3, 8, 8, 1)
+
+
+def test_published_from_a_workdir(server, tmp_path):
+    """With its own config, but no path of the machine that trained it."""
+    save_workdir(network(PIXELS), str(tmp_path / "run"), "digits")
+    ig_jax.push_to_hub(tmp_path / "run", "me/run")
+    content = server.files["me/run", "config.json"].decode()
+    assert json.loads(content)["recipe"]["data"]["name"] == "digits"
+    assert str(tmp_path) not in content and "path" not in json.loads(content)["recipe"]["data"]
+    found = ig_jax.from_pretrained("me/run").published
+    assert found.guidance.record() == [] and found.scores == {} and found.fid is None
+
+
+@pytest.mark.parametrize(
+    "spec", [SPEC, dataclasses.replace(LIGHT, channels=32)], ids=["sit", "lightningdit"]
+)
+def test_published_latents_name_their_autoencoder(server, spec):
+    ig_jax.push_to_hub(network(spec), "me/latents")
+    found = ig_jax.from_pretrained("me/latents", decoder=False)
+    assert found.model.spec == spec
+    assert (
+        found.published.autoencoder == recipes.FAMILIES[spec.family].config["data"]["autoencoder"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": 1.5}, "model is 1.5: expected a network"),
+        ({"model": nnx.Linear(1, 1, rngs=nnx.Rngs(0))}, "model is a Linear: expected a SiT"),
+        ({"model": "/nowhere"}, "/nowhere"),
+        ({"repository": "small"}, "repository is 'small': expected 'user/name'"),
+        ({"guidance": 1.5}, "guidance is 1.5: expected ig_jax.Guidance"),
+        ({"guidance": Guidance.of(Term(Auxiliary(1), 2.0))}, "needs auxiliary head 1"),
+        ({"guidance": Guidance(2.0, weak=lambda x, t, y: x)}, "guidance by a weaker network"),
+        ({"scores": 1.5}, "scores is 1.5: expected numbers by name"),
+        ({"scores": {"FID": float("nan")}}, "score FID is nan: expected a finite number"),
+    ],
+)
+def test_publishing_refuses_before_it_asks_the_hub(server, changes, message):
+    with pytest.raises(InputError, match=message) as caught:
+        ig_jax.push_to_hub(**{"model": network(PIXELS), "repository": "me/small"} | changes)
+    assert "\n" not in str(caught.value) and not server.requests
+
+
+def test_publishing_without_a_login(server, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere")
+    with pytest.raises(InputError, match=r"me/small: cannot be published \(.*`hf auth login`") as c:
+        ig_jax.push_to_hub(network(PIXELS), "me/small")
+    assert "\n" not in str(c.value)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set"):
+        ig_jax.push_to_hub(network(PIXELS), "me/small")
+
+
+def test_repositories_of_others_are_refused(server):
+    server.files["lab/ig", "config.json"] = b'{"model_type": "bert"}'
+    with pytest.raises(InputError, match="lab/ig: its config.json is not one that ig_jax.push_to"):
+        ig_jax.from_pretrained("lab/ig")
+    with pytest.raises(InputError, match="nobody/nothing/config.json: .*cannot be downloaded"):
+        ig_jax.from_pretrained("nobody/nothing")
 
 
 OFFLINE = """\

@@ -29,6 +29,30 @@ def test_ruff(arguments):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
+def test_types(tmp_path):
+    """The public names, the networks and the mathematics, strictly; and a use of them."""
+    (tmp_path / "use.py").write_text(USE)
+    check = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path)]
+    for files, found in (([], "no issues found"), ([tmp_path / "use.py"], "Found 1 error")):
+        done = subprocess.run([*check, *files], cwd=ROOT, capture_output=True, text=True)
+        assert found in done.stdout, done.stdout + done.stderr
+    assert f"use.py:{USE.splitlines().index(WRONG) + 1}: error" in done.stdout, done.stdout
+
+
+WRONG = "ig_jax.sample(model, [1], seeds=3)"
+USE = f"""
+import jax
+import ig_jax
+
+model = ig_jax.from_pretrained("sit-xl-2-ig").model
+one: jax.Array = ig_jax.sample(model, [1], guidance=ig_jax.Guidance(1.4), seed=3)
+two: ig_jax.Samples = ig_jax.sample(model, [1], trajectory=True)
+three: jax.Array = model(one, one[:, 0, 0, 0], one[:, 0, 0, 0]).strong
+{WRONG}
+"""
+
+
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
 

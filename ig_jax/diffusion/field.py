@@ -76,14 +76,17 @@ class GuidedVelocity:
         if not costly or any(term.when is None for term in costly):
             return self(x, t)
         wanted = jnp.stack([jnp.asarray(term.factor(t) != 0) for term in costly]).any()
-        return jax.lax.cond(wanted, lambda: self(x, t), lambda: self(x, t, taking_part=free))
+        found: Velocity = jax.lax.cond(
+            wanted, lambda: self(x, t), lambda: self(x, t, taking_part=free)
+        )
+        return found
 
     def _run(self, passes: Passes, x: jax.Array, t: jax.Array) -> dict[Pass, Heads]:
         """Makes the forward passes; those of one network to one depth ride in one batch."""
         networks = {"": self.network}
         for term in self.guidance.terms:
             networks |= term.source.networks()
-        groups: dict[tuple, list[Pass]] = {}
+        groups: dict[tuple[str, int | None], list[Pass]] = {}
         for one in sorted(passes, key=lambda p: (p.network, str(p.upto), p.null)):
             groups.setdefault((one.network, one.upto), []).append(one)
         network_t = self.path.network_time(t)

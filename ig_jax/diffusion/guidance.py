@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import numbers
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
@@ -204,7 +204,7 @@ class Weaker:
     def weak(
         self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
     ) -> jax.Array:
-        return heads[Pass("weaker", null)].final
+        return heads[Pass("weaker", null)].strong
 
     def check(self, heads: int, num_classes: int) -> None:
         """Raises `InputError` if there is no network."""
@@ -212,8 +212,9 @@ class Weaker:
             raise InputError("guidance by a weaker network needs one: none was given")
 
     def networks(self) -> dict[str, Network]:
-        bound = self.params is None
-        return {"weaker": self.graph if bound else functional.merge(self.graph, self.params)}
+        if self.params is None:
+            return {"weaker": self.graph}
+        return {"weaker": functional.merge(self.graph, self.params)}
 
 
 SOURCES: dict[str, type] = {
@@ -340,7 +341,7 @@ class Schedule(Protocol):
     def __call__(self, t: Any) -> Any: ...
 
 
-def check_bounds(name: str, bounds: Sequence[float]) -> None:
+def check_bounds(name: str, bounds: Sequence[Scale]) -> None:
     """Raises `InputError` unless `bounds` is (low, high) with 0 ≤ low ≤ high ≤ 1."""
     if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
         raise InputError(
@@ -442,7 +443,7 @@ def needed(terms: Sequence[Term], null: bool = False) -> Passes:
     """The forward passes that an evaluation of these terms makes."""
     found = frozenset({Pass(null=null)})
     for i, term in enumerate(terms):
-        found |= term.source.passes(null, lambda i=i: needed(terms[:i], null=True))
+        found |= term.source.passes(null, functools.partial(needed, terms[:i], null=True))
     return found
 
 
@@ -450,9 +451,10 @@ def combine(
     terms: Sequence[Term], heads: Mapping[Pass, Heads], t: jax.Array, null: bool = False
 ) -> jax.Array:
     """The guided prediction (B, …) at path times t, () or (B,), from the heads of `needed`."""
-    guided = heads[Pass(null=null)].final
+    guided = heads[Pass(null=null)].strong
     for i, term in enumerate(terms):
-        weak = term.source.weak(heads, null, lambda i=i: combine(terms[:i], heads, t, null=True))
+        inner = functools.partial(combine, terms[:i], heads, t, null=True)
+        weak = term.source.weak(heads, null, inner)
         guided = term.apply(weak, guided, t, null)
     return guided
 
@@ -559,12 +561,14 @@ class Guidance:
         if heads and Auxiliary.place not in [term.source.place for term in terms]:
             terms = (Term(Auxiliary(), 1.0), *terms)
         terms = tuple(
-            term.replace(when=Interval(0.0, 1.0)) if term.when is None else term for term in terms
+            dataclasses.replace(term, when=Interval(0.0, 1.0)) if term.when is None else term
+            for term in terms
         )
-        return jax.tree.map(
+        numeric: Guidance = jax.tree.map(
             lambda leaf: np.float32(leaf) if isinstance(leaf, int | float) else leaf,
             Guidance.of(*terms),
         )
+        return numeric
 
     def branches(self, times: np.ndarray) -> tuple[tuple[tuple[int, ...], ...], ...]:
         """Decides, before compiling, which terms take part in which evaluation.
@@ -589,11 +593,29 @@ class Guidance:
 
     def _taking_part(self, factors: np.ndarray) -> tuple[int, ...]:
         acting = [term for term, factor in zip(self.terms, factors, strict=False) if factor != 0]
-        passes, chosen = needed(acting), []
+        passes = needed(acting)
+        chosen: list[int] = []
         for i in range(len(self.terms)):
             if needed([self.terms[j] for j in (*chosen, i)]) <= passes:
                 chosen.append(i)
         return tuple(chosen)
+
+    @classmethod
+    def of_record(cls, terms: Iterable[Mapping[str, Any]]) -> Guidance:
+        """The guidance whose `record` is `terms`; raises `InputError` for rows that are unknown."""
+        return cls.of(
+            *(
+                Term(
+                    source=tables.make(SOURCES, term["source"], "source"),
+                    scale=term["scale"],
+                    when=tables.make(SCHEDULES, term["when"], "when") if "when" in term else None,
+                    null_scale=term.get("null_scale"),
+                    rule=tables.make(RULES, term["rule"], "rule"),
+                    channels=term.get("channels"),
+                )
+                for term in terms
+            )
+        )
 
     def record(self) -> list[dict[str, Any]]:
         """Every term in plain JSON values, for records; what is a default is left out."""
@@ -685,7 +707,7 @@ class GuidanceOptions:
                 when = tables.make(SCHEDULES, schedule, f"{name}_schedule")
             if source == "auto":
                 source = "auxiliary" if weaker is None else "weaker"
-            weak = tables.make(SOURCES, source, f"{name}_source")
+            weak: Source = tables.make(SOURCES, source, f"{name}_source")
             if isinstance(weak, Weaker):
                 weak = weaker or weak
             rule = tables.make(RULES, rule, f"{name}_rule")

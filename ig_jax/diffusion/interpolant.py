@@ -7,7 +7,7 @@ affine at fixed (x_t, t), which is why guidance may be applied to any of them (I
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ import numpy as np
 
 from ig_jax import checks, tables
 from ig_jax.errors import look_up
+
+Times = TypeVar("Times", jax.Array, np.ndarray)
 
 PREDICTIONS = ("velocity", "noise", "data")
 
@@ -32,9 +34,12 @@ class Interpolant(Protocol):
         finite_at_data: whether the velocity has a limit there.
     """
 
-    name: str
-    data_time: float
-    finite_at_data: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def data_time(self) -> float: ...
+    @property
+    def finite_at_data(self) -> bool: ...
 
     def alpha(self, t: jax.Array) -> jax.Array: ...
     def sigma(self, t: jax.Array) -> jax.Array: ...
@@ -253,7 +258,7 @@ def data_and_noise_from_velocity(
     return x, noise
 
 
-def shift_times(t: Any, shift: float) -> Any:
+def shift_times(t: Times, shift: float) -> Times:
     """`s·t/(1 + (s − 1)·t)`: times of [0, 1] moved up where s > 1 (Esser et al. 2024, eq. 23)."""
     return shift * t / (1 + (shift - 1) * t)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from ig_jax import checks, tables
 from ig_jax.diffusion import interpolant as interpolants
 from ig_jax.diffusion.guidance import check_bounds
+from ig_jax.errors import InputError
 from ig_jax.fields import field
 from ig_jax.models.network import Heads, Network
 
@@ -65,7 +66,7 @@ class AuxiliaryTarget:
     needs: ClassVar[tuple[str, ...]] = ("auxiliary",)
 
     def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
-        return heads.final - heads.auxiliary[0]
+        return heads.strong - heads.auxiliary[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ class NullTarget:
     needs: ClassVar[tuple[str, ...]] = ("null",)
 
     def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
-        return heads.final - at_null().final
+        return heads.strong - at_null().strong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ class SegmentedTarget:
         check_bounds("segmented", (self.low, self.high))
 
     def __call__(self, heads: Heads, at_null: Callable[[], Heads], t: jax.Array) -> jax.Array:
-        t = interpolants.expand(t, heads.final)
+        t = interpolants.expand(t, heads.strong)
         middle, below = (row(heads, at_null, t) for row in (NullTarget(), AuxiliaryTarget()))
         return jnp.where(t < self.low, below, jnp.where(t <= self.high, middle, 0.0))
 
@@ -205,13 +206,17 @@ def cosine_distance(a: jax.Array, b: jax.Array) -> jax.Array:
     return _mean(1 - (a * b).sum(-1) / (norm(a) * norm(b)))
 
 
+def _no_null() -> Heads:
+    raise InputError("this guided target needs the null label ∅: none was given")
+
+
 def losses_from(
     heads: Heads,
     target: jax.Array,
     t: jax.Array,
     options: LossOptions,
     omega: jax.Array | float,
-    at_null: Callable[[], Heads] | None = None,
+    at_null: Callable[[], Heads] = _no_null,
 ) -> Losses:
     """Compares all heads with the target (B, …).
 
@@ -221,11 +226,11 @@ def losses_from(
         t: (B,) path times.
         options: see `LossOptions`.
         omega: ω at this step.
-        at_null: gives the heads at the null label, for targets that need them.
+        at_null: gives the heads at the null label; called by targets that need them.
     """
     path, final_target = interpolants.get(options.path), target
-    row = tables.make(WEIGHTS, options.weight, "weight")
-    weight = interpolants.expand(jnp.asarray(row(path, options.prediction, t)), target)
+    weigh: Callable[..., Any] = tables.make(WEIGHTS, options.weight, "weight")
+    weight = interpolants.expand(jnp.asarray(weigh(path, options.prediction, t)), target)
 
     def error(head: jax.Array, target: jax.Array) -> jax.Array:
         return _mean(weight * ERRORS[options.error](head, target))
@@ -236,11 +241,11 @@ def losses_from(
         errors = [error(head, target) for head in heads.auxiliary]
         auxiliary = sum(errors[1:], errors[0]) / len(errors)
     if options.guided_target_scale:
-        row = tables.make(TARGETS, options.guided_target, "guided_target")
+        row: Target = tables.make(TARGETS, options.guided_target, "guided_target")
         gap = row(heads, at_null, jnp.abs(t - path.data_time))
         final_target = target + omega * jax.lax.stop_gradient(gap)
-    final = error(heads.final, final_target)
-    cosine = cosine_distance(heads.final, final_target) if options.cosine_weight else zero
+    final = error(heads.strong, final_target)
+    cosine = cosine_distance(heads.strong, final_target) if options.cosine_weight else zero
     total = final + options.auxiliary_weight * auxiliary + options.cosine_weight * cosine
     return Losses(total, final, auxiliary, cosine)
 
@@ -276,6 +281,8 @@ def losses_at(
     omega = options.guided_target_scale if omega is None else omega
 
     def at_null() -> Heads:
+        if null_label is None:
+            return _no_null()
         return network(x_t, network_t, jnp.full_like(labels, null_label))
 
     return losses_from(heads, target, t, options, omega, at_null)

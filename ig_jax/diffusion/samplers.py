@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,8 @@ class Sampler:
         # The velocity has no limit at the data of some paths, where a step's end would be read.
         plain_end = self.euler_last or (1.0 in self.nodes and not field.path.finite_at_data)
         samplers = [Euler() if plain_end and i == count - 1 else self for i in range(count)]
-        carry, pieces = self.init(x), []
+        carry = self.init(x)
+        pieces: list[Any] = []
         for start, stop in _segments(list(zip(branches, samplers, strict=True))):
             body = functools.partial(
                 _take_step, samplers[start], field, branches[start], count, noise, trajectory
@@ -256,6 +257,7 @@ class EulerMaruyama(Sampler):
     def step(
         self, evaluate: Evaluate, carry: Carry, x: jax.Array, step: Step
     ) -> tuple[Carry, jax.Array]:
+        assert step.noise is not None
         dt = step.dt
         # Time measured from the data end, so that 1 is noise on every path.
         diffusion = 2 * (1 - step.t if step.path.data_time == 1 else step.t)
@@ -290,6 +292,7 @@ class Ancestral(Sampler):
     def step(
         self, evaluate: Evaluate, carry: Carry, x: jax.Array, step: Step
     ) -> tuple[Carry, jax.Array]:
+        assert step.noise is not None
         out = evaluate(x, step.t, 0)
         times = jnp.broadcast_to(step.t, x.shape[:1])
         data, _ = interpolants.data_and_noise_from_velocity(step.path, out.velocity, x, times)
@@ -321,6 +324,16 @@ _A = (
     (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 _E = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+
+
+class _Attempt(NamedTuple):
+    """Where an adaptive integration is: x (B, …), the time since noise and the next step's size,
+    both (B,), and the number of attempted steps."""
+
+    x: jax.Array
+    since: jax.Array
+    size: jax.Array
+    attempts: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -363,20 +376,20 @@ class DormandPrince(Sampler):
             raise InputError("trajectory: an adaptive sampler has no fixed grid to return")
         attempt = functools.partial(self._attempt, field)
 
-        def unfinished(state: tuple) -> jax.Array:
-            return (state[1] < 1).any() & (state[3] < self.max_steps)
+        def unfinished(state: _Attempt) -> jax.Array:
+            return (state.since < 1).any() & (state.attempts < self.max_steps)
 
         count = x.shape[0]
-        start = (x, jnp.zeros(count), jnp.full(count, 0.01), 0)
-        x, s, _, _ = jax.lax.while_loop(unfinished, attempt, start)
-        return jnp.where(interpolants.expand(s, x) < 1, jnp.nan, x), None
+        start = _Attempt(x, jnp.zeros(count), jnp.full(count, 0.01), jnp.int32(0))
+        end: _Attempt = jax.lax.while_loop(unfinished, attempt, start)
+        return jnp.where(interpolants.expand(end.since, x) < 1, jnp.nan, end.x), None
 
-    def _attempt(self, field: GuidedVelocity, state: tuple) -> tuple:
-        """Tries one step of each sample: (x, s the time since noise, h the step's size, count)."""
+    def _attempt(self, field: GuidedVelocity, state: _Attempt) -> _Attempt:
+        """Tries one step of each sample."""
         x, s, h, count = state
         wide = functools.partial(interpolants.expand, like=x)
         h = jnp.minimum(h, 1 - s)
-        slopes = []
+        slopes: list[jax.Array] = []
         for c, row in zip(_C, _A, strict=True):
             shift = sum((a * k for a, k in zip(row, slopes, strict=True) if a), jnp.zeros_like(x))
             y = x + wide(h) * shift
@@ -393,7 +406,7 @@ class DormandPrince(Sampler):
         # Land on 1 exactly: s + (1 − s) may round below it, and the loop would never end.
         s = jnp.where(accept, jnp.where(h >= 1 - s, 1.0, s + h), s)
         h = h * jnp.clip(0.9 * jnp.maximum(norm, 1e-10) ** -0.2, 0.2, 10.0)
-        return x, s, h, count + 1
+        return _Attempt(x, s, h, count + 1)
 
 
 SAMPLERS: dict[str, type[Sampler]] = {

@@ -71,7 +71,7 @@ class AutoencoderSpec:
     @property
     def downsampling(self) -> int:
         """Image pixels per latent pixel, along each side."""
-        return 2 ** (len(self.multipliers) - 1)
+        return 1 << (len(self.multipliers) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,14 +426,15 @@ def make_encoder(
 
     def encoder(images: np.ndarray) -> Moments:
         check_images(model.spec, images.shape)
-        return run(images)
+        moments: Moments = run(images)
+        return moments
 
     return encoder
 
 
 def make_decoder(
     model: Autoencoder, mesh: Mesh | None = None, batch_size: int = 32, uint8: bool = False
-) -> Callable[[np.ndarray], Any]:
+) -> Callable[[np.ndarray], np.ndarray | Pixels]:
     """Returns a compiled, data-parallel `latents -> images` of NumPy arrays.
 
     Args:
@@ -453,7 +454,8 @@ def make_decoder(
 
     def decoder(latents: np.ndarray) -> np.ndarray | Pixels:
         check_latents(model.spec, latents.shape)
-        return run(latents)
+        images: np.ndarray | Pixels = run(latents)
+        return images
 
     return decoder
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,13 +86,16 @@ class DinoV2(nnx.Module):
         first = jnp.broadcast_to(self.class_token[...], (len(x), 1, self.spec.width))
         x = jnp.concatenate([first, x], axis=1) + self.position[...]
         graphdef, layers = functional.split(self.blocks)  # each parameter has a leading layer axis
-        x, _ = jax.lax.scan(
-            lambda x, layer: (functional.merge(graphdef, layer)(x), None), x, layers
-        )
-        return self.norm(x[:, 0])
+
+        def body(x: jax.Array, layer: functional.Params) -> tuple[jax.Array, None]:
+            return functional.merge(graphdef, layer)(x), None
+
+        x, _ = jax.lax.scan(body, x, layers)
+        features: jax.Array = self.norm(x[:, 0])
+        return features
 
 
-def abstract(spec: DinoV2Spec) -> tuple[nnx.GraphDef, functional.Params]:
+def abstract(spec: DinoV2Spec) -> tuple[nnx.GraphDef[Any], functional.Params]:
     """Returns the graph definition, and shapes in place of parameters (nothing is allocated)."""
     return functional.split(nnx.eval_shape(lambda: DinoV2(spec, rngs=nnx.Rngs(0))))
 
@@ -103,7 +107,8 @@ def resize_bicubic(images: jax.Array, size: int = INPUT_SIZE) -> jax.Array:
     left out. That is PyTorch's `interpolate(mode="bicubic", antialias=True)`.
     """
     shape = (images.shape[0], size, size, images.shape[3])
-    return jax.image.resize(images, shape, "cubic", antialias=True, precision=HIGHEST)
+    resized: jax.Array = jax.image.resize(images, shape, "cubic", antialias=True, precision=HIGHEST)
+    return resized
 
 
 def interpolate_positions(table: np.ndarray) -> np.ndarray:

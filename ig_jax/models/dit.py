@@ -120,7 +120,7 @@ class DiTSpec(TrunkSpec):
             The spec. Raises `InputError` for unknown names or impossible combinations.
         """
         row, named = published_family(family), recipes.size(size)
-        fields = dict(
+        fields: dict[str, Any] = dict(
             width=named.width,
             depth=named.depth,
             heads=named.heads,
@@ -128,7 +128,7 @@ class DiTSpec(TrunkSpec):
             auxiliary_depths=(named.auxiliary_depth,),
             family=family,
         )
-        return cls(**(fields | row.config["model"] | row.network | changes))
+        return cls(**{**fields, **row.config["model"], **row.network, **changes})
 
 
 def published_family(name: str) -> recipes.Family:
@@ -146,6 +146,8 @@ class DiT(Trunk):
         scan_blocks, remat: see `Trunk`.
         rngs: random stream of the initialisation.
     """
+
+    spec: DiTSpec
 
     def __init__(
         self,
@@ -173,7 +175,9 @@ class DiT(Trunk):
         side = spec.input_size // spec.patch_size
         self.position = nnx.Param(jnp.asarray(layers.position_table(side, spec.width)))
         declare(self.position, fixed=True)
-        block = dict(norm=spec.norm, mlp=spec.mlp, qk_norm=spec.qk_norm, shift=spec.shift)
+        block: dict[str, Any] = dict(
+            norm=spec.norm, mlp=spec.mlp, qk_norm=spec.qk_norm, shift=spec.shift
+        )
         self.add_stacks(
             lambda rngs: layers.Block(spec.width, spec.heads, **block, dtype=dtype, rngs=rngs), rngs
         )
@@ -224,11 +228,11 @@ class DiT(Trunk):
         if spec.rope:
             side = spec.input_size // spec.patch_size
             tables = layers.rotary_tables(side, spec.width // spec.heads)
-        outputs, tokens = self.run(tokens, c, tables, upto=upto, gather=gather)
+        outputs, last = self.run(tokens, c, tables, upto=upto, gather=gather)
         auxiliary = tuple(layers.unpatchify(output, spec.patch_size) for output in outputs)
-        if tokens is None:
+        if last is None:
             return Heads(None, auxiliary)
-        final = layers.unpatchify(self.final_head(tokens, c), spec.patch_size)
+        final = layers.unpatchify(self.final_head(last, c), spec.patch_size)
         variance = None
         if spec.learned_sigma:
             final, variance = jnp.split(final, 2, axis=-1)

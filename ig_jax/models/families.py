@@ -4,7 +4,7 @@ converted into workdirs like ours (`config.model.family` names it)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax import nnx
@@ -32,7 +32,7 @@ class Family:
     """
 
     spec: type[Spec]
-    module: type[nnx.Module]
+    module: Callable[..., nnx.Module]
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -95,6 +95,6 @@ def add_auxiliary_head(model: Trunk, depth: int, rngs: nnx.Rngs) -> Trunk:
     head = functional.split(model.make_auxiliary_head(rngs))[1]
     fresh = shapes | {wanted.auxiliary_heads[depths.index(depth)]: head}
     params = add_heads(functional.split(model)[1], spec, wanted, fresh)
-    extended = functional.merge(graphdef, params)
+    extended: Trunk = functional.merge(graphdef, params)
     extended.carried = model.carried
     return extended

@@ -12,13 +12,13 @@ from flax import nnx
 Params = dict[str, Any]
 
 
-def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
+def split(model: nnx.Module) -> tuple[nnx.GraphDef[Any], Params]:
     """Splits a module into its graph definition and a nested dict of arrays (its parameters)."""
     graphdef, state = nnx.split(model)
     return graphdef, nnx.to_pure_dict(state)
 
 
-def merge(graphdef: nnx.GraphDef, params: Params) -> Any:
+def merge(graphdef: nnx.GraphDef[Any], params: Params) -> Any:
     """Rebuilds the module of `graphdef` around a nested dict of arrays, as `split` returned it."""
     return nnx.merge(graphdef, params)
 

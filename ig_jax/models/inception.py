@@ -67,14 +67,17 @@ class ConvReLU(nnx.Module):
 
 def max_pool(x: jax.Array, stride: int = 1, padding: str = "SAME") -> jax.Array:
     """3×3 maximum over (N, H, W, C)."""
-    return jax.lax.reduce_window(
+    found: jax.Array = jax.lax.reduce_window(
         x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), padding
     )
+    return found
 
 
 def average_pool(x: jax.Array) -> jax.Array:
     """3×3 mean over (N, H, W, C), stride 1; padding counts neither in the sum nor in the count."""
-    total = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    total: jax.Array = jax.lax.reduce_window(
+        x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"
+    )
     per_axis = [np.convolve(np.ones(n), np.ones(3), "same") for n in x.shape[1:3]]
     return total / np.outer(*per_axis).astype(np.float32)[None, :, :, None]
 
@@ -224,7 +227,7 @@ class Inception(nnx.Module):
     Built with zero weights (`convert.inception` supplies the real ones).
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.conv2d_1a_3x3 = ConvReLU(3, 32, (3, 3), stride=2, padding="VALID")
         self.conv2d_2a_3x3 = ConvReLU(32, 32, (3, 3), padding="VALID")
         self.conv2d_2b_3x3 = ConvReLU(32, 64, (3, 3))

@@ -7,6 +7,7 @@ norms, softmax, modulation and the residual stream stay in float32.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ class RMSNorm(nnx.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * self.weight[...]
 
 
-def make_norm(kind: str, width: int) -> nnx.Module:
+def make_norm(kind: str, width: int) -> LayerNorm | RMSNorm:
     return RMSNorm(width) if kind == "rms" else LayerNorm()
 
 
@@ -91,7 +92,7 @@ def time_frequencies(t: jax.Array, count: int = 256, scale: float = 10000.0) -> 
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _attention_backend(dtype: jnp.dtype, head_width: int) -> str:
+def _attention_backend(dtype: jnp.dtype, head_width: int) -> Literal["cudnn", "xla"]:
     """cuDNN's fused kernel where it applies (GPU, 16-bit, head width a multiple of 8), else XLA."""
     # The mesh being compiled for, if any, may be of other devices than this machine's.
     device = jax.sharding.get_abstract_mesh().abstract_device
@@ -116,7 +117,7 @@ class Attention(nnx.Module):
         batch, tokens, width = x.shape
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         q, k, v = (qkv[:, :, i] for i in range(3))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
@@ -180,11 +181,12 @@ class Block(nnx.Module):
         self, x: jax.Array, c: jax.Array, tables: tuple[np.ndarray, np.ndarray] | None
     ) -> jax.Array:
         m = self.modulation(nnx.silu(c)).astype(jnp.float32)
+        shift1: jax.Array | None = None
+        shift2: jax.Array | None = None
         if self.shift:
             shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(m, 6, axis=-1)
         else:
             scale1, gate1, scale2, gate2 = jnp.split(m, 4, axis=-1)
-            shift1 = shift2 = None
         h = self.attention(modulate(self.norm1(x), shift1, scale1), tables)
         x = x + gate1[:, None] * h.astype(jnp.float32)
         h = self.mlp(modulate(self.norm2(x), shift2, scale2))

@@ -84,6 +84,8 @@ class MLP(Trunk):
         rngs: random stream of the initialisation. Blocks start as identities, heads at zero.
     """
 
+    spec: MLPSpec
+
     def __init__(
         self,
         spec: MLPSpec,
@@ -140,6 +142,6 @@ class MLP(Trunk):
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         seen = jnp.concatenate([x, *jnp.moveaxis(waves, -1, 0)], axis=-1)
         token = self.embed(seen).astype(jnp.float32)[:, None]
-        outputs, token = self.run(token, c, upto=upto, gather=gather)
+        outputs, last = self.run(token, c, upto=upto, gather=gather)
         auxiliary = tuple(output[:, 0] for output in outputs)
-        return Heads(None if token is None else self.final_head(token, c)[:, 0], auxiliary)
+        return Heads(None if last is None else self.final_head(last, c)[:, 0], auxiliary)

@@ -4,7 +4,7 @@ parameters beyond their shapes. Nothing outside a network's own file asks for a 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import flax.struct
 import jax
@@ -29,11 +29,19 @@ class Heads:
     auxiliary: tuple[jax.Array, ...] = ()
     variance: jax.Array | None = None
 
+    @property
+    def strong(self) -> jax.Array:
+        """`final`, of a pass that did not stop before it."""
+        assert self.final is not None, "this forward pass stopped at an auxiliary head"
+        return self.final
+
 
 class Spec:
     """Base of what fixes a network's architecture: subclasses are frozen dataclasses.
 
-    Their fields are named as in `config.model` where they mean the same. Attributes:
+    Their fields are named as in `config.model` where they mean the same.
+
+    Attributes:
         family: the network's name (a row of `families.NETWORKS`).
         num_classes: number of labels; label `num_classes` is the null label ∅.
         auxiliary_depths: where the auxiliary heads are, one number for each; empty for none.
@@ -43,6 +51,8 @@ class Spec:
     family: str
     num_classes: int
     auxiliary_depths: tuple[int, ...]
+    # Of every dataclass; declared for those who read a spec's fields without knowing its class.
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -90,7 +100,9 @@ class Parameter:
     """What is known of one parameter: its shape, and what its network declares of it.
 
     A parameter of two or more axes (beside that of the layers) is a matrix: a kernel, whose last
-    axes are (in, out), or a table. Attributes:
+    axes are (in, out), or a table.
+
+    Attributes:
         shape: as it is stored.
         stacked: whether its first axis counts layers, which are scanned.
         fixed: whether it gets no gradient; it is stored since published weights differ in it.
@@ -113,18 +125,19 @@ class Parameter:
         return len(self.shape) - self.stacked >= 2
 
 
-def declare(part: nnx.Module | nnx.Variable, **facts: Any) -> None:
+def declare(part: nnx.Module | nnx.Variable[Any], **facts: Any) -> None:
     """Declares facts (fields of `Parameter`) of a parameter, or of all parameters of a module."""
     for _, node in nnx.iter_graph(part):
         if isinstance(node, nnx.Variable):
             node.set_metadata(declared=dataclasses.replace(_declared(node), **facts))
 
 
-def _declared(variable: nnx.Variable) -> Parameter:
-    return variable.get_metadata().get("declared", Parameter())
+def _declared(variable: nnx.Variable[Any]) -> Parameter:
+    declared: Parameter = variable.get_metadata().get("declared", Parameter())
+    return declared
 
 
-def layout(graphdef: nnx.GraphDef, params: Params) -> Layout:
+def layout(graphdef: nnx.GraphDef[Any], params: Params) -> Layout:
     """What a network knows of its parameters.
 
     Args:

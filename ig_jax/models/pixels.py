@@ -76,6 +76,6 @@ def unchanged(x: Array) -> Pixels:
     return Pixels(np.asarray(x, np.float32), np.isfinite(x).all(1))
 
 
-def from_uint8(images: Array) -> jax.Array:
+def from_uint8(images: jax.Array) -> jax.Array:
     """Maps pixels 0…255 to float32 in [−1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import flax.struct
 import jax
@@ -93,35 +93,58 @@ class Decoder:
         else:
             check_latents(self.autoencoder.spec, latents.shape)
             pixels = _decode(*functional.split(self.autoencoder), latents)
-        if not _traced(pixels.finite):
-            return pixels.checked()
-        checkify.debug_check(pixels.finite.all(), "pictures are not finite")
-        return pixels.values
+        pictures: jax.Array = pixels.values
+        if _traced(pixels.finite):
+            checkify.debug_check(pixels.finite.all(), "pictures are not finite")
+        else:
+            pixels.checked()
+        return pictures
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(graphdef: nnx.GraphDef, params: Params, latents: jax.Array) -> Pixels:
+def _decode(graphdef: nnx.GraphDef[Any], params: Params, latents: jax.Array) -> Pixels:
     autoencoder = functional.merge(graphdef, params)
 
     def one(z: jax.Array) -> Pixels:
-        return jax.tree.map(lambda part: part[0], to_uint8(autoencoder.decode(z[None])))
+        pixels = to_uint8(autoencoder.decode(z[None]))
+        return Pixels(pixels.values[0], pixels.finite[0])
 
-    return jax.lax.map(one, latents, batch_size=_DECODED_AT_ONCE)
+    decoded: Pixels = jax.lax.map(one, latents, batch_size=_DECODED_AT_ONCE)
+    return decoded
+
+
+Labels = Sequence[int] | np.ndarray | jax.Array
+
+
+class _Options(TypedDict, total=False):
+    """What `sample` takes in either of its two forms, for editors and type checkers."""
+
+    guidance: Guidance | None
+    sampler: str | None
+    num_steps: int | None
+    time_shift: float | None
+    seed: int | jax.Array
+    first_index: int | jax.Array
+    decoder: Callable[[jax.Array], jax.Array] | None
+    path: str | None
+    prediction: str | None
 
 
 @overload
 def sample(
-    model: DiT, labels: Any, *, trajectory: Literal[False] = ..., **options: Any
+    model: DiT, labels: Labels, *, trajectory: Literal[False] = ..., **options: Unpack[_Options]
 ) -> jax.Array: ...
 
 
 @overload
-def sample(model: DiT, labels: Any, *, trajectory: Literal[True], **options: Any) -> Samples: ...
+def sample(
+    model: DiT, labels: Labels, *, trajectory: Literal[True], **options: Unpack[_Options]
+) -> Samples: ...
 
 
 def sample(
     model: DiT,
-    labels: Sequence[int] | np.ndarray | jax.Array,
+    labels: Labels,
     *,
     guidance: Guidance | None = None,
     sampler: str | None = None,
@@ -169,12 +192,12 @@ def sample(
             scale that is not finite.
     """
     guidance = Guidance() if guidance is None else guidance
-    _check_kinds(model, guidance, decoder)
+    check_kinds(model, guidance, decoder)
     spec = model.spec
     guidance.check(len(spec.auxiliary_depths), spec.num_classes)
     trained = recipes.family(spec.family).config["loss"]
     graphdef, params = functional.split(model)
-    sampler, num_steps, time_shift = _recipe(spec.family, sampler, num_steps, time_shift)
+    chosen, num_steps, time_shift = _recipe(spec.family, sampler, num_steps, time_shift)
     settings = Settings(
         graphdef=graphdef,
         path=interpolant.get(path or trained["path"]),
@@ -182,7 +205,7 @@ def sample(
         null_label=spec.null_label,
         heads=len(spec.auxiliary_depths),
         shape=spec.shape,
-        sampler=sampler,
+        sampler=chosen,
         num_steps=num_steps,
         time_shift=time_shift,
     )
@@ -229,9 +252,9 @@ def _check_prediction(prediction: str) -> str:
     return prediction
 
 
-def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: int) -> jax.Array:
+def _check_labels(labels: Labels, num_classes: int) -> jax.Array:
     """(B,) int32; labels that are known must be in range, traced ones are taken as they are."""
-    values = labels if _traced(labels) else np.asarray(labels)
+    values: Any = labels if _traced(labels) else np.asarray(labels)
     if values.ndim != 1 or not jnp.issubdtype(values.dtype, jnp.integer) or not len(values):
         raise InputError(
             f"labels are {values.dtype} of shape {values.shape}: expected (B,) integers, B ≥ 1"
@@ -247,7 +270,7 @@ def _check_labels(labels: Sequence[int] | np.ndarray | jax.Array, num_classes: i
     return jnp.asarray(labels, jnp.int32)
 
 
-def _check_kinds(model: Any, guidance: Any, decoder: Any) -> None:
+def check_kinds(model: Any, guidance: Any, decoder: Any) -> None:
     """Refuses what is mistaken for a network, for guidance or for a decoder."""
     for name, value, fits, expected in (
         ("model", model, isinstance(model, nnx.Module), "a network, such as load_workdir(…)"),

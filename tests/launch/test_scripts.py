@@ -331,11 +331,37 @@ def test_dry_run_prints_the_commands_of_a_real_run(fakes, command, answers, kind
     words = [command, *HERE, f"--kind={kind}", *WHOLE]
     printed = fakes.tpu(*words[:4], "--dry-run", *words[4:]).stdout.splitlines()
     assert fakes.calls == []
-    assert not (fakes.folder / ".ig_jax").exists()
+    assert {path.name for path in fakes.folder.glob(".ig_jax/launch/*")} <= {"dry-run"}
     fakes.answer(*answers)
     fakes.tpu(*words)
     assert [shlex.split(line) for line in printed] == fakes.calls
     assert fakes.calls
+
+
+def readme_commands():
+    """The README's lines that call a launch script, as words."""
+    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
+    variables = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(lines), re.M))
+    for line in lines:
+        if line.startswith("launch/"):
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            yield shlex.split(line, comments=True)
+
+
+def test_the_readmes_sequence_from_first_to_last(fakes):
+    """As dry runs, which print what real ones do, and leave no trace in them."""
+    first = {}
+    for program, *words in readme_commands():
+        before = words[: words.index("--")] if "--" in words else words
+        dry = [*before, "--dry-run", *words[len(before) :]]
+        first[words[0]] = fakes.run(ROOT / program, *dry).stdout
+    tpu = ["queue", "wait", "install", "start", "logs", "watch", "delete"]
+    assert list(first)[:7] == tpu and len(first) == 8
+    assert "--accelerator-type=v5litepod-256" in first["watch"] and "--spot" in first["watch"]
+    assert first["start"] in first["watch"] and "sit_xl_ig.py" in first["start"]
+    assert fakes.calls == [] and not [*fakes.folder.glob(".ig_jax/launch/dry-run/*")]
+    assert "nothing is remembered" in fakes.tpu("wait", *HERE, code=2).stderr
 
 
 def test_dry_run_of_watch_is_one_resume(fakes):
