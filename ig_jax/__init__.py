@@ -14,10 +14,11 @@ if TYPE_CHECKING:  # what the table below stands for, where editors and type che
     from ig_jax.convert.workdir import load_workdir
     from ig_jax.diffusion.guidance import Guidance
     from ig_jax.errors import InputError, NotFiniteError
-    from ig_jax.hub import Pretrained, from_pretrained, load_decoder, push_to_hub
+    from ig_jax.hub import Pretrained, from_pretrained, load_decoder
     from ig_jax.models.dit import DiT, DiTSpec
     from ig_jax.models.families import add_auxiliary_head
     from ig_jax.models.network import Heads
+    from ig_jax.publish import push_to_hub
     from ig_jax.sampling.sample import Decoder, Samples, sample
     from ig_jax.storage.autoencoders import autoencoder_from_pytorch
 
@@ -50,10 +51,11 @@ _MODULES = {
     "convert.workdir": ("load_workdir",),
     "diffusion.guidance": ("Guidance",),
     "errors": ("InputError", "NotFiniteError"),
-    "hub": ("Pretrained", "from_pretrained", "load_decoder", "push_to_hub"),
+    "hub": ("Pretrained", "from_pretrained", "load_decoder"),
     "models.dit": ("DiT", "DiTSpec"),
     "models.families": ("add_auxiliary_head",),
     "models.network": ("Heads",),
+    "publish": ("push_to_hub",),
     "sampling.sample": ("Decoder", "Samples", "sample"),
 }
 
