@@ -5,9 +5,11 @@ pass for evaluation, prefetch to devices, and the pure function that turns a bat
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +20,9 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from ig_jax.data.source import Example, RandomAccess
+from ig_jax.data.source import ArraySource, Example, RandomAccess
 from ig_jax.errors import InputError
+from ig_jax.streams import numpy_stream
 
 Batch = dict[str, np.ndarray]
 
@@ -43,6 +46,44 @@ def _choose_twin(example: Example, rng: np.random.Generator, flip: bool) -> Exam
                     else np.ascontiguousarray(chosen[name][:, ::-1])
                 )
     return chosen
+
+
+@functools.lru_cache(maxsize=4)
+def _epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order of an epoch's examples, (count,)."""
+    return numpy_stream(seed, f"order of epoch {epoch}").permutation(count)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WholeBatches:
+    """Shuffled batches of examples in memory; item k is one process's share of global batch k.
+
+    A batch is one array operation, where Grain calls Python for each example, which takes longer
+    than to train a small network on it.
+
+    Attributes:
+        source: the examples.
+        seed: of the order; every epoch has its own.
+        batch_size: of the global batch.
+        rows: first and last (exclusive) of its examples that are this process's.
+    """
+
+    source: ArraySource
+    seed: int
+    batch_size: int
+    rows: tuple[int, int]
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Batch:
+        count = len(self.source)
+        epochs, places = np.divmod(index * self.batch_size + np.arange(*self.rows), count)
+        orders = [
+            _epoch_order(self.seed, int(epoch), count)[places[epochs == epoch]]
+            for epoch in np.unique(epochs)
+        ]
+        return self.source[np.concatenate(orders)]
 
 
 class BatchIterator:
@@ -139,14 +180,19 @@ def make_iterator(
             f"config.train.batch_size is {batch_size}: expected a multiple of the number of "
             f"processes, {process_count}"
         )
+    share = batch_size // process_count
     if num_workers:
-        _check_shared_memory(source[0], batch_size // process_count, num_workers)
+        _check_shared_memory(source[0], share, num_workers)
+    if isinstance(source, ArraySource) and not flip:
+        rows = (process_index * share, (process_index + 1) * share)
+        batches = _WholeBatches(source, seed, batch_size, rows)
+        return BatchIterator(grain.MapDataset.source(batches), num_workers)
     dataset = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     if flip or any(name.endswith("_flip") for name in source[0]):  # else a third slower in vain
         dataset = dataset.random_map(functools.partial(_choose_twin, flip=flip))
     # Per-process batches first, then every P-th of them: concatenated over the processes they are
     # the batches of one process.
-    shares = dataset.batch(batch_size // process_count)
+    shares = dataset.batch(share)
     return BatchIterator(shares[process_index::process_count], num_workers)
 
 

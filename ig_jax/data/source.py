@@ -35,7 +35,8 @@ class ArraySource:
     def __len__(self) -> int:
         return len(self.x)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int | np.ndarray) -> Example:
+        """An example; or, of indices (B,), a batch of them at once."""
         return {"x": self.x[index], "label": self.labels[index]}
 
 
@@ -124,5 +125,7 @@ def hold_out(source: RandomAccess, num_validation: int) -> tuple[RandomAccess, R
     if num_validation == 0:
         return source, None
     order = np.random.default_rng(0).permutation(len(source))
-    held_out, train = np.split(order, [num_validation])
-    return Subset(source, np.sort(train)), Subset(source, np.sort(held_out))
+    held_out, train = map(np.sort, np.split(order, [num_validation]))
+    if isinstance(source, ArraySource):
+        return ArraySource(*source[train].values()), ArraySource(*source[held_out].values())
+    return Subset(source, train), Subset(source, held_out)
