@@ -1,5 +1,5 @@
 """Internal guidance on points of the plane: a fractal tree of two classes, as in the IG paper's
-Fig. 2, where every sample can be seen and the density is known. A minute on two CPU cores."""
+Fig. 2, where every sample can be seen and the density is known. --mode=toy draws the figure."""
 
 from ig_jax.config import default_config
 
@@ -19,10 +19,69 @@ def get_config():
         sample_every=1200,
         checkpoint_every=1200,
     )
-    config.guidance.update(ig_scale=3.0, cfg_scale=1.5)
+    config.guidance.update(ig_scale=W, cfg_scale=1.5)
     config.sampler.update(
         name="heun", num_steps=16, time_shift=0.4, num_samples=4096, batch_size=4096
     )
     config.sampler.labels = "balanced"
     config.evaluation.update(num_samples=4096, ig_scales=(0.0, 1.0, 1.5, 2.0, 2.5, 3.0))
+    config.ablation.update(
+        seeds=5,
+        metrics=("outlier_rate", "label_accuracy", "coverage"),
+        trainings=(SMALLER,),
+        questions=(METHODS,),
+        fast=(2, 200, 1024),
+    )
     return config
+
+
+# Autoguidance's network: narrower, shallower, and trained for less.
+SMALLER = {
+    "name": "smaller",
+    "model.auxiliary_depth": 0,
+    "model.width": 24,
+    "model.depth": 2,
+    "train.num_steps": 300,
+    "train.checkpoint_every": 300,
+}
+
+W, S = 3.0, 1.5
+NONE = {"guidance.ig_scale": 1.0, "guidance.cfg_scale": 1.0}
+_SINCE = "IG paper, Fig. 2"
+METHODS = {
+    "name": "methods",
+    "asks": f"What does guidance do to points of the tree (w = {W:g}, CFG {S:g})?",
+    "arms": (
+        {"name": "final head", **NONE},
+        {"name": "auxiliary head", **NONE, "guidance.ig_scale": 0.0},
+        {"name": "CFG", **NONE, "guidance.cfg_scale": S},
+        {"name": "IG", **NONE, "guidance.ig_scale": W},
+        {"name": "IG + CFG", "guidance.ig_scale": W, "guidance.cfg_scale": S},
+        {"name": "Autoguidance", **NONE, "guidance.ig_scale": W, "weak": "smaller"},
+    ),
+    "expect": (
+        {"better": "IG", "than": "final head", "by": 0.2, "since": _SINCE},
+        {"better": "final head", "than": "auxiliary head", "by": 0.1, "since": _SINCE},
+        {"better": "IG + CFG", "than": "CFG", "by": 0.2, "since": _SINCE},
+        {"better": "Autoguidance", "than": "final head", "by": 0.2, "since": "Karras et al. 2024"},
+        {
+            "better": "CFG",
+            "than": "final head",
+            "since": _SINCE,
+            "metric": "label_accuracy",
+        },
+        {
+            "better": "final head",
+            "than": "CFG",
+            "since": "IG paper, Fig. 2: CFG costs diversity",
+            "metric": "coverage",
+        },
+        {
+            "better": "IG",
+            "than": "final head",
+            "by": -0.02,
+            "since": "IG paper, Fig. 2: IG keeps it",
+            "metric": "coverage",
+        },
+    ),
+}

@@ -145,9 +145,12 @@ def naming_imports(imports: Sequence[str]) -> Iterator[None]:
 
 
 def check_choice(config: ConfigDict, path: str, known: Collection[str]) -> None:
-    """Raises `InputError` unless a field is a known name: for tables of the rooms above."""
+    """Raises `InputError` unless a field is a known name, or a list of such: for tables of the
+    rooms above."""
+    value = at(config, path)
     with naming_imports(config.imports):
-        errors.check_choice(f"config.{path}", _at(config, path), known)
+        for name in value if isinstance(value, tuple) else (value,):
+            errors.check_choice(f"config.{path}", name, known)
 
 
 @contextlib.contextmanager
@@ -387,7 +390,7 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
         fixed.append("train.num_steps")
     lines = []
     for path in fixed:
-        value, old = _at(config, path), _at(saved, path)
+        value, old = at(config, path), at(saved, path)
         if value != old:
             lines.append(f"config.{path} is {value!r}, the checkpoint has {old!r}")
     if fixed[-1] == "train.num_steps" and value != old:
@@ -398,6 +401,7 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
     return lines
 
 
-def _at(config: ConfigDict, path: str) -> Any:
+def at(config: ConfigDict, path: str) -> Any:
+    """The value of a field by its path."""
     section, _, name = path.rpartition(".")
     return config[section][name] if section else config[name]

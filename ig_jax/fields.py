@@ -19,7 +19,8 @@ from ig_jax.checks import Limits
 from ig_jax.errors import InputError, check_choice, suggest
 
 _NOUNS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-_TYPES = {int: numbers.Integral, float: numbers.Real, str: str}
+_LISTS = {str: "a list of strings", dict: "a list of dicts"}
+_TYPES = {int: numbers.Integral, float: numbers.Real, str: str, dict: dict}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +174,7 @@ def _noun(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
         return f"{_noun(typing.get_args(kind)[0])}, or a list of them"
     if _is_list(kind):
-        return "a list of strings" if typing.get_args(kind)[0] is str else "a list of numbers"
+        return _LISTS.get(typing.get_args(kind)[0], "a list of numbers")
     return _NOUNS[kind]
 
 

@@ -44,6 +44,7 @@ Flags
                       left out)
   --import=FILE       a file of yours that adds guidance rules, samplers, networks, …
   --guidance=best     sample or evaluate with what --mode=sweep found
+  --fast              ablate and toy: a look in minutes, with config.ablation.fast's numbers
   --compare A B       with --mode=evaluate: how the protocols of two results differ
   --version           of this program and of what it stands on
 """
@@ -80,6 +81,12 @@ def _sweep(config: ConfigDict, workdir: str, which: int | str) -> str:
     return sweep.run(config, workdir, which)
 
 
+def _ablate(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.evaluation import ablate
+
+    return ablate.run(config, workdir)
+
+
 def _toy(config: ConfigDict, workdir: str) -> str:
     from ig_jax.evaluation import toy
 
@@ -99,11 +106,14 @@ MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "sample": ("draw samples from a workdir: labelled PNG grid and .npz", _sample),
     "evaluate": ("score a workdir's samples, or an existing .npz or folder", _evaluate),
     "sweep": ("search the best guidance for a workdir's model", _sweep),
-    "toy": ("re-derive the paper's 2-D toy: figure and table over 5 seeds", _toy),
+    "ablate": ("ask a config's questions of small networks: tables and figures", _ablate),
+    "toy": ("re-derive the paper's 2-D toy: its figure, and a table over seeds", _toy),
     "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }
 
+# Modes that put questions to networks of their own.
+_ASK = ("ablate", "toy")
 _READ_CHECKPOINT = ("sample", "evaluate", "sweep")
 # Modes that write nothing, or elsewhere.
 _NO_WORKDIR = ("prepare", "compile")
@@ -118,6 +128,9 @@ _COMPARE = flags.DEFINE_string(
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "directory of checkpoints, logs and results (local or gs://)"
+)
+_FAST = flags.DEFINE_bool(
+    "fast", False, "ablate and toy: with the seeds, steps and samples of config.ablation.fast"
 )
 _STEP = flags.DEFINE_string(
     "step", "last", "of the checkpoint to sample, evaluate or sweep: last, best, or its number"
@@ -225,6 +238,10 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
 
     workdir = _workdir(mode)
     arguments = _which(mode, config, workdir)
+    if _FAST.value and mode not in _ASK:
+        raise InputError(
+            f"--fast has no meaning with --mode={mode}: expected it with {', '.join(_ASK)}"
+        )
     if workdir is not None and mode not in _NO_WORKDIR:
         check_workdir(workdir)
     if _GUIDANCE.value == "best":
@@ -233,6 +250,10 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
         sweep.apply_best(config, workdir)
     from ig_jax.evaluation import extractors, metrics
 
+    if _FAST.value:
+        from ig_jax.evaluation import ablate
+
+        config = ablate.fast(config)
     config_lib.validate(config)
     extractors.check_name(config)
     metrics.check_name(config)

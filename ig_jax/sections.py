@@ -264,6 +264,20 @@ class SweepOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class AblationOptions:
+    """What --mode=ablate asks. Its lists of dicts are data of a config file; see ablate_digits.py.
+
+    Trainings and questions are those of `evaluation.questions`.
+    """
+
+    questions: tuple[dict, ...] = _free((), "what is compared and expected")
+    trainings: tuple[dict, ...] = _free((), "named changes of the config: other networks to train")
+    seeds: int = _free(3, "seeds of training, labels and noise", limits=Limits(1, 1000, whole=True))
+    metrics: tuple[str, ...] = _free(("fid",), "what is shown; the first one decides")
+    fast: tuple[int, ...] = _free((2, 100, 256), "with --fast: seeds, training steps, samples")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """An experiment."""
 
@@ -279,3 +293,4 @@ class Config:
     mesh: MeshOptions = MeshOptions()
     evaluation: EvaluationOptions = EvaluationOptions()
     sweep: SweepOptions = SweepOptions()
+    ablation: AblationOptions = AblationOptions()

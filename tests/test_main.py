@@ -182,6 +182,7 @@ def test_step(called, tmp_path, mode, step, found):
             {},
             "--step has no meaning with --mode=train: expected it with sam",
         ),
+        ("train", ["--fast"], {}, "--fast has no meaning with --mode=train: expected it with abl"),
         ("evaluate", ["--step=2"], {"samples": "a.npz"}, "with --mode=evaluate and --config.eval"),
         ("sample", ["--workdir={}/checkpoints/2"], {}, "as in --workdir={} --step=2$"),
         ("sample", ["--workdir="], {}, "--workdir=DIR expected"),

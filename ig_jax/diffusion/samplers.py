@@ -93,6 +93,11 @@ class Sampler:
         """Takes x (B, …) over one interval; returns what to hand on, and the new x."""
         raise NotImplementedError
 
+    def plain_end(self, path: Interpolant) -> bool:
+        """Whether the last interval is a plain Euler step: by choice, or since the velocity has no
+        limit at the data of this path, where a step's end would be read."""
+        return self.euler_last or (1.0 in self.nodes and not path.finite_at_data)
+
     def solve(
         self,
         field: GuidedVelocity,
@@ -122,8 +127,7 @@ class Sampler:
             "at": jnp.asarray(stage_times(self, grid), jnp.float32),
             "index": jnp.arange(count),
         }
-        # The velocity has no limit at the data of some paths, where a step's end would be read.
-        plain_end = self.euler_last or (1.0 in self.nodes and not field.path.finite_at_data)
+        plain_end = self.plain_end(field.path)
         samplers = [Euler() if plain_end and i == count - 1 else self for i in range(count)]
         carry = self.init(x)
         pieces: list[Any] = []

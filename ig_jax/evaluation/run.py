@@ -102,7 +102,7 @@ class Evaluator:
         `NotFiniteError`, on every process, if the model's samples are not finite.
         """
         where = f" at {record_lib.describe(guidance)}"
-        rows = self.scorer.rows if rows is None else rows
+        rows = self.scorer.rows() if rows is None else rows
         accumulator = features.FeatureAccumulator(self.scorer.extractor, rows)
         terms = guidance.build(self.engine.weaker)
         for positions, x in self.engine.batches(params, terms, seed, indices, labels):
@@ -117,6 +117,25 @@ class Evaluator:
                 raise problem or NotFiniteError(f"another process: pictures{where} are not finite")
             advance(len(positions) * jax.process_count())
         return accumulator.finish(len(indices))
+
+    def result(
+        self,
+        weights: Weights,
+        guidance: GuidanceOptions,
+        rule: LabelRule,
+        seed: int,
+        count: int,
+        advance: console.Advance = lambda count=1, text="": None,
+        names: Collection[str] | None = None,
+    ) -> Result:
+        """The metrics (all, or those of these names) of a setting's first `count` samples, with
+        their record."""
+        indices, rows = np.arange(count), self.scorer.rows(names)
+        labels = rule(indices)
+        found = self.sample_features(weights.params, guidance, indices, labels, seed, advance, rows)
+        scores, notes = self.scorer.score(found, labels, names)
+        record = self.scorer.record(found, self.record(guidance, weights, rule, seed))
+        return Result(scores, record, notes)
 
     def record(
         self, guidance: GuidanceOptions, weights: Weights, labels: LabelRule, seed: int
@@ -158,21 +177,13 @@ def evaluate(
     """
     config, settings = experiment.config, guidances(experiment.config)
     config_lib.check_guidance(config, settings)
-    rule, seed = label_rule(config, source.class_names), config.seed
-    indices = np.arange(config.evaluation.num_samples)
-    counts = {_NUM_SAMPLES: len(indices)}
-    evaluator = Evaluator.create(experiment, source, counts, workdir, engine)
-    labels, scorer = rule(indices), evaluator.scorer
-    results = []
-    with console.progress_bar(len(settings) * len(indices), "evaluating") as advance:
-        for guidance in settings:
-            found = evaluator.sample_features(
-                weights.params, guidance, indices, labels, seed, advance
-            )
-            drawn = evaluator.record(guidance, weights, rule, seed)
-            scores, notes = scorer.score(found, labels)
-            results.append(Result(scores, scorer.record(found, drawn), notes))
-    return results
+    rule, count = label_rule(config, source.class_names), config.evaluation.num_samples
+    evaluator = Evaluator.create(experiment, source, {_NUM_SAMPLES: count}, workdir, engine)
+    with console.progress_bar(len(settings) * count, "evaluating") as advance:
+        return [
+            evaluator.result(weights, guidance, rule, config.seed, count, advance)
+            for guidance in settings
+        ]
 
 
 def evaluate_files(
@@ -191,7 +202,11 @@ def evaluate_files(
     opened.check_resolution(images.shape[1:3])
     scorer = opened.scorer()
     found = features.extract(
-        images_lib.share(images), images.shape[0], scorer.extractor, "sample features", scorer.rows
+        images_lib.share(images),
+        images.shape[0],
+        scorer.extractor,
+        "sample features",
+        scorer.rows(),
     )
     facts, notes = facts.of(found.digest)
     scores, more = scorer.score(found, facts.labels)

@@ -174,10 +174,10 @@ class Scorer:
             if not metric.reference or getattr(self.reference, metric.reference) is not None
         }
 
-    @property
-    def rows(self) -> set[str]:
-        """Which features the metrics read picture by picture."""
-        return {name for metric in self.metrics.values() for name in metric.rows}
+    def rows(self, names: Collection[str] | None = None) -> set[str]:
+        """Which features metrics (all, or those of these names) read picture by picture."""
+        chosen = self.metrics if names is None else names
+        return {row for name in chosen for row in METRICS[name].rows}
 
     def values(
         self, names: Collection[str], samples: FeatureSet, labels: np.ndarray | None
@@ -190,19 +190,24 @@ class Scorer:
         return found
 
     def score(
-        self, samples: FeatureSet, labels: np.ndarray | None
+        self,
+        samples: FeatureSet,
+        labels: np.ndarray | None,
+        names: Collection[str] | None = None,
     ) -> tuple[dict[str, float], tuple[str, ...]]:
-        """Scores pictures against the reference by all metrics.
+        """Scores pictures against the reference.
 
         Args:
             samples: their features.
             labels: (N,) labels that were asked for, or None if unknown.
+            names: by which metrics; by all if None.
 
         Returns:
             (values, notes): values by name of `METRICS`, and warnings.
         """
         self.opened.check_resolution(samples.shape[1:3], self.reference.metadata["resolution"])
-        return self.values(self.metrics, samples, labels), tuple(self.notes(samples.shape[0]))
+        values = self.values(self.metrics if names is None else names, samples, labels)
+        return values, tuple(self.notes(samples.shape[0]))
 
     def notes(self, count: int) -> list[str]:
         """Warnings about the scores of `count` pictures."""

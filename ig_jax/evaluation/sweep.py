@@ -266,15 +266,11 @@ class Search:
 
     def fresh(self, guidance: GuidanceOptions) -> Result:
         """All metrics of a setting on noise and labels that the search has not seen."""
-        seed, indices = self._seed + 1, np.arange(self._num_samples)
-        labels = self._labels(seed)(indices)
-        with console.progress_bar(len(indices), "measuring the winner again") as advance:
-            found = self.evaluator.sample_features(
-                self._weights.params, guidance, indices, labels, seed, advance
+        seed, count = self._seed + 1, self._num_samples
+        with console.progress_bar(count, "measuring the winner again") as advance:
+            return self.evaluator.result(
+                self._weights, guidance, self._labels(seed), seed, count, advance
             )
-        scores, notes = self.scorer.score(found, labels)
-        record = self.scorer.record(found, self._record(guidance, seed))
-        return Result(scores, record, notes)
 
 
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:

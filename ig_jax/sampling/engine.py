@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,8 +20,9 @@ from jax.sharding import Mesh
 
 from ig_jax.diffusion import interpolant, samplers
 from ig_jax.diffusion.field import GuidedVelocity
-from ig_jax.diffusion.guidance import Guidance, Weaker
+from ig_jax.diffusion.guidance import Guidance, Pass, Weaker, needed
 from ig_jax.models.functional import Params, merge
+from ig_jax.models.network import Spec
 from ig_jax.parallel import hosts, sharding
 
 
@@ -95,6 +97,20 @@ def draw(
     return x, (jnp.concatenate([noise[None], visited]) if trajectory else None)
 
 
+@functools.lru_cache(maxsize=64)
+def _program(settings: Settings, mesh: Mesh) -> Callable[..., jax.Array]:
+    """Draws a batch over a mesh; one program for all engines that differ in weights only."""
+
+    def draw_all(branches: samplers.Branches, *arguments: Any) -> jax.Array:
+        def rows(*arguments: Any) -> jax.Array:
+            return draw(settings, branches, False, *arguments)[0]
+
+        # Weights are gathered once a batch, not at each of its hundreds of evaluations.
+        return sharding.map_over_devices(mesh, rows, whole=3)(*arguments)
+
+    return jax.jit(draw_all, static_argnums=0, out_shardings=sharding.batch_sharding(mesh))
+
+
 @dataclasses.dataclass(frozen=True)
 class Engine:
     """Draws samples of one network in batches over a mesh.
@@ -111,16 +127,33 @@ class Engine:
     mesh: Mesh
     weaker: Weaker | None = None
 
-    @functools.cached_property
+    @property
     def _draw(self) -> Callable[..., jax.Array]:
-        def draw_all(branches: samplers.Branches, *arguments: Any) -> jax.Array:
-            def rows(*arguments: Any) -> jax.Array:
-                return draw(self.settings, branches, False, *arguments)[0]
+        return _program(self.settings, self.mesh)
 
-            # Weights are gathered once a batch, not at each of its hundreds of evaluations.
-            return sharding.map_over_devices(self.mesh, rows, whole=3)(*arguments)
+    def forward_passes(self, spec: Spec, guidance: Guidance) -> float:
+        """Forward passes of the whole network that a sample takes, at a fixed grid.
 
-        return jax.jit(draw_all, static_argnums=0, out_shardings=sharding.batch_sharding(self.mesh))
+        One that stops at an auxiliary head counts as its share of the blocks, one of another
+        network as its share of the FLOPs.
+
+        Args:
+            spec: the network's.
+            guidance: the terms.
+        """
+        weaker = self.weaker and merge(self.weaker.graph, self.weaker.params).spec
+
+        def cost(one: Pass) -> float:
+            if one.network:
+                return weaker.forward_flops() / spec.forward_flops()
+            return 1.0 if one.upto is None else spec.auxiliary_depths[one.upto] / spec.depth
+
+        branches, guidance = self.settings.prepare(guidance)
+        evaluations = list(itertools.chain.from_iterable(branches))
+        if self.settings.sampler.plain_end(self.settings.path):
+            del evaluations[1 - len(branches[-1]) or len(evaluations) :]
+        acting = ([guidance.terms[i] for i in indices] for indices in evaluations)
+        return sum(cost(one) for terms in acting for one in needed(terms))
 
     def batches(
         self,

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from ig_jax.config import default_config, model_spec, validate
+from ig_jax.config import default_config
 from ig_jax.data import toy2d
 from ig_jax.errors import InputError
 from ig_jax.evaluation import extractors, metrics, run, toy
+from ig_jax.evaluation.ablate import Laboratory
+from ig_jax.evaluation.questions import Values
 from ig_jax.pictures import read_image
 from ig_jax.sampling import run as sampling
 from ig_jax.training import run as training
@@ -87,61 +89,61 @@ def test_outliers_and_coverage_of_the_data_themselves():
         extractors.TreeExtractor()(np.zeros((3, 3), np.float32))
 
 
-def test_the_toys_methods_and_its_smaller_network():
-    config = small_config()
-    config.model.depth = 5
-    config.guidance.update(ig_scale=3.0, cfg_scale=1.5)
-    assert {title: by_smaller for title, (by_smaller, _) in toy.methods(config).items()} == {
-        **{"final head": False, "auxiliary head": False, "CFG 1.5": False, "IG 3": False},
-        **{"IG 3 + CFG 1.5": False, "Autoguidance 3": True},
-    }
-    weak = toy.smaller(config)
-    validate(weak)
-    assert not model_spec(weak).auxiliary_depths
-    assert model_spec(weak).forward_flops() < model_spec(config).forward_flops() / 2
-    assert config.model.width == 16 and config.model.auxiliary_depth == 1
-    points, labels = toy2d.tree().sample(2000, seed=1)
-    assert toy.score(points, labels)["class_confusion"] < 0.01
-    assert toy.score(points, 1 - labels)["class_confusion"] > 0.99
+def asking(config):
+    """The toy's own question, of a small network."""
+    toy_config = load(next(path for path in CONFIGS if path.stem == "toy2d_ig"))
+    config.ablation.update(toy_config.ablation)
+    config.ablation.seeds = 2
+    config.ablation.trainings = (
+        {"name": "smaller", "model.width": 8, "model.depth": 2, "model.auxiliary_depth": 0},
+    )
+    config.train.update(sample_every=0, validate_every=0)
+    return config
 
 
-def test_the_toy_needs_its_data_set(tmp_path):
-    config = tiny_config()
+def test_the_toy_needs_its_data_set_and_its_arms(tmp_path):
     with pytest.raises(InputError, match="config.data.name is 'digits': expected 'toy2d'"):
+        toy.run(tiny_config(), str(tmp_path))
+    config = asking(small_config())
+    (question,) = config.ablation.questions
+    config.ablation.questions = ({"name": "q", "asks": "?", "arms": question["arms"][:1]},)
+    with pytest.raises(InputError, match=r"questions\[0\] has no arm 'IG': --mode=toy needs it"):
         toy.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 
+def test_the_data_score_as_the_truth_does():
+    values = toy.of_data(4000, (0, 1)).metrics
+    assert (abs(values["outlier_rate"] - 0.01) < 0.006).all()
+    assert (values["label_accuracy"] > 0.99).all() and (values["coverage"] > 0.95).all()
+
+
 def test_the_toys_figure_has_a_panel_for_each_method_and_one_of_paths():
     points, labels = toy2d.tree().sample(100, seed=2)
-    titles = ["data", "final head", "auxiliary head", "CFG 2", "IG 2", "both", "Autoguidance 2"]
-    scores = {title: {name: [0.1, 0.2] for name in toy._VALUES} for title in titles}
-    paths = {title: np.zeros((4, 3, 2)) for title in titles[1:3]}
-    figure = toy.plot({title: (points, labels) for title in titles}, paths, scores)
+    titles = ["data", toy.PLAIN, "auxiliary head", "CFG", toy.GUIDED, "both", "Autoguidance"]
+    rates = {"outlier_rate": (0.1, 0.2), "label_accuracy": (0.9, 1.0), "coverage": (0.5, 0.5)}
+    values = Values({name: np.array(v) for name, v in rates.items()}, np.zeros(2))
+    paths = {title: np.zeros((4, 3, 2)) for title in (toy.PLAIN, toy.GUIDED)}
+    figure = toy.plot({t: (points, labels) for t in titles}, paths, dict.fromkeys(titles, values))
     named = [axes.get_title() for axes in figure.axes]
     assert named == [*titles, "paths from the same noise"]
     drawn = sum(len(c.get_offsets()) for c in figure.axes[0].collections if hasattr(c, "_sizes"))
     assert drawn >= 100
-    assert "outliers 15.0%" in figure.axes[1].texts[0].get_text()
+    assert "outliers 15.0% · wrong class 5.0%" in figure.axes[1].texts[0].get_text()
 
 
-def test_the_toy_from_training_to_the_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy, "SEEDS", 2)
-    config = small_config()
-    config.guidance.update(ig_scale=3.0, cfg_scale=1.5)
-    config.train.update(sample_every=0, validate_every=0)
-    toy.run(config, str(tmp_path))
+def test_the_toy_from_training_to_the_figure(tmp_path, capsys):
+    config = asking(small_config())
+    names = [arm["name"] for arm in config.ablation.questions[0]["arms"]]
+    line = toy.run(config, str(tmp_path))
+    assert "toy2d.png" in line and "outliers" in line
     table = capsys.readouterr().out
-    assert all(title in table for title in ("data", *toy.methods(config)))
-    scores = json.loads((tmp_path / "toy2d.json").read_text())
-    assert set(scores) == {"data", *toy.methods(config)}
-    assert all(len(values) == 2 for found in scores.values() for values in found.values())
-    # Methods differ on the same noise, and the data have few outliers where eight steps have many.
-    assert (
-        np.mean(scores["data"]["outlier_rate"])
-        < 0.2
-        < np.mean(scores["final head"]["outlier_rate"])
-    )
+    assert all(name in table for name in names)
+    found = json.loads((tmp_path / "ablation.json").read_text())["methods"]
+    assert list(found) == names
+    rates = {name: tuple(arm["metrics"]["outlier_rate"]) for name, arm in found.items()}
+    # Methods differ on the same noise, and eight steps leave many outliers.
+    assert len(set(rates.values())) == len(names) and min(rates["final head"]) > 0.2
     assert read_image(tmp_path / "toy2d.png").shape[0] > 500
 
 
@@ -149,10 +151,11 @@ def test_the_toy_from_training_to_the_figure(tmp_path, monkeypatch, capsys):
 def test_directions_of_the_toy(tmp_path):
     """Internal guidance lowers the outlier rate, and the auxiliary head alone raises it."""
     config = load(next(path for path in CONFIGS if path.stem == "toy2d_ig"))
-    config.train.update(sample_every=0, validate_every=0)
-    study = toy.Study(config, str(tmp_path), seed=1)
+    config.ablation.seeds = 1
+    laboratory = Laboratory(config, str(tmp_path))
+    arms = {arm.name: arm for arm in laboratory.questions[0].arms}
     rates = {
-        title: toy.score(study.points(title), study.labels)["outlier_rate"]
-        for title in ("auxiliary head", "final head", "IG 3")
+        name: laboratory.values(arms[name]).metrics["outlier_rate"][0]
+        for name in ("auxiliary head", "final head", "IG")
     }
-    assert rates["IG 3"] < rates["final head"] < rates["auxiliary head"]
+    assert rates["IG"] < 0.9 * rates["final head"] < 0.9 * rates["auxiliary head"]
