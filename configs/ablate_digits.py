@@ -12,8 +12,11 @@ TUNED_W = {"guidance.ig_scale": (1.25, 1.5, 2.0, 2.5)}
 TUNED_S = {"guidance.cfg_scale": (1.25, 1.5, 2.0)}
 TUNED_BOTH = {"guidance.ig_scale": (1.25, 1.75), "guidance.cfg_scale": (1.25, 1.75)}
 SHALLOW = {"guidance.cfg_source": "shallow"}
-# The main network's own EMA after a third of the training.
-OLDER = {"weak": "main", "guidance.weak_step": "200"}
+# The main network's own EMA after half of the training.
+OLDER = {"weak": "main", "guidance.weak_step": "250"}
+
+# Another weak prediction of the same labels, at the scale s, beside the auxiliary head's at w.
+BESIDE_IG = {"guidance.ig_source": "auxiliary", "guidance.cfg_source": "weaker"}
 
 TRAININGS = (
     {"name": "plain", "model.auxiliary_depth": 0},
@@ -21,12 +24,12 @@ TRAININGS = (
     {"name": "heads_124", "model.auxiliary_depth": (1, 2, 4)},
     {"name": "lambda_0.25", "loss.auxiliary_weight": 0.25},
     {"name": "lambda_1", "loss.auxiliary_weight": 1.0},
-    {"name": "omega", "loss.guided_target_scale": 0.3, "loss.guided_target_start": 200},
+    {"name": "omega", "loss.guided_target_scale": 0.3, "loss.guided_target_start": 125},
     {
         "name": "omega_null",
         "loss.guided_target": "null",
         "loss.guided_target_scale": 0.3,
-        "loss.guided_target_start": 200,
+        "loss.guided_target_start": 125,
     },
     {"name": "muon", "optimizer.name": "muon"},
     {"name": "plain_muon", "optimizer.name": "muon", "model.auxiliary_depth": 0},
@@ -35,8 +38,8 @@ TRAININGS = (
         "model.auxiliary_depth": 0,
         "model.width": 32,
         "model.depth": 3,
-        "train.num_steps": 300,
-        "train.checkpoint_every": 300,
+        "train.num_steps": 250,
+        "train.checkpoint_every": 250,
     },
 )
 
@@ -169,6 +172,8 @@ _METHODS = {
         {"name": "IG + CFG", "tune": TUNED_BOTH},
         {"name": "Autoguidance + CFG", "weak": "small", "tune": TUNED_BOTH},
         {"name": "older EMA + CFG", **OLDER, "tune": TUNED_BOTH},
+        {"name": "IG + Autoguidance", "weak": "small", **BESIDE_IG, "tune": TUNED_BOTH},
+        {"name": "IG + older EMA", **OLDER, **BESIDE_IG, "tune": TUNED_BOTH},
     ),
     "expect": (
         _expect("IG", "none", 0.1),
@@ -177,6 +182,7 @@ _METHODS = {
         _expect("older EMA", "none", 0.0, "Karras et al. 2024: an under-trained guide helps"),
         _expect("IG", "Autoguidance", 0.0, "IG paper, Table 4"),
         _expect("IG + CFG", "IG", 0.0, "IG paper: 1.75 to 1.46"),
+        _expect("IG + Autoguidance", "IG", 0.0, "two weak predictions say more than one"),
         _expect("CFG", "none", 0.01, "Ho & Salimans 2022", metric="label_accuracy"),
     ),
 }
@@ -232,23 +238,33 @@ _RULES = {
 _HEADS = {
     "name": "heads",
     "asks": "Several heads (after blocks 1, 2, 4): which one guides best, at which noise?",
-    "arms": tuple(
+    "arms": (
+        *(
+            {
+                "name": f"block {k}{where}",
+                "train": "heads_124",
+                "guidance.ig_source": f"auxiliary(head={i})",
+                "guidance.ig_interval": interval,
+                "tune": TUNED_W,
+            }
+            for where, interval in (
+                ("", (0.0, 1.0)),
+                (" on [0.5, 1]", (0.5, 1.0)),
+                (" on [0, 0.5]", (0.0, 0.5)),
+            )
+            for i, k in enumerate((1, 2, 4))
+        ),
         {
-            "name": f"block {k}{where}",
+            "name": "blocks 1 and 4",
             "train": "heads_124",
-            "guidance.ig_source": f"auxiliary(head={i})",
-            "guidance.ig_interval": interval,
-            "tune": TUNED_W,
-        }
-        for where, interval in (
-            ("", (0.0, 1.0)),
-            (" on [0.5, 1]", (0.5, 1.0)),
-            (" on [0, 0.5]", (0.0, 0.5)),
-        )
-        for i, k in enumerate((1, 2, 4))
+            "guidance.ig_source": "auxiliary(head=0)",
+            "guidance.cfg_source": "auxiliary(head=2)",
+            "tune": TUNED_BOTH,
+        },
     ),
     "expect": (
         _expect("block 2", "block 4", 0.0, "IG paper: late heads hurt"),
+        _expect("blocks 1 and 4", "block 2", 0.0, "two weak predictions say more than one"),
         _expect("block 1 on [0.5, 1]", "block 4 on [0.5, 1]", 0.0, "high noise needs few blocks"),
         _expect("block 4 on [0, 0.5]", "block 1 on [0, 0.5]", 0.0, "low noise needs many"),
     ),
@@ -309,16 +325,16 @@ def get_config():
         num_classes=10,
     )
     config.data.update(name="digits", image_size=8, num_validation=180, autoencoder="")
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=100)
+    config.optimizer.update(learning_rate=4e-3, schedule="cosine", warmup_steps=50)
     config.train.update(
         batch_size=64,
-        num_steps=600,
+        num_steps=500,
         ema_decay=0.99,
         log_every=100,
         validate_every=0,
         sample_every=0,
-        checkpoint_every=200,
-        max_to_keep=3,
+        checkpoint_every=125,
+        max_to_keep=4,
     )
     config.sampler.update(name="ab2", num_steps=10, num_samples=100, batch_size=256)
     config.sampler.labels = "balanced"
@@ -327,6 +343,6 @@ def get_config():
         trainings=TRAININGS,
         questions=QUESTIONS,
         metrics=("fid", "label_accuracy", "precision", "recall"),
-        fast=(2, 60, 192),
+        fast=(2, 48, 192),
     )
     return config

@@ -120,7 +120,10 @@ class Laboratory:
         return str(self._folder / "trained" / f"{name}-{seed}")
 
     def train(self, name: str, seed: int) -> str:
-        """The workdir of a training, which is run, or finished, unless that is done."""
+        """The workdir of a training, which is run, or finished, unless that is done.
+
+        Raises `InputError` for a workdir that holds another training.
+        """
         workdir, config = self._workdir(name, seed), self.config(Arm(name, name), {}, seed)
         there = (resolve(workdir) / FOLDER).exists() and find_step(workdir)
         if there and there > config.train.num_steps:

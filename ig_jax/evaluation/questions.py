@@ -88,7 +88,7 @@ class Question:
 
 def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass from a config's dict; fields with a dot are changes of a config's fields."""
-    names = {f.name for f in dataclasses.fields(kind)}
+    names = [f.name for f in dataclasses.fields(kind)]
     changes = {k: v for k, v in values.items() if "." in k}
     plain = {k: v for k, v in values.items() if "." not in k}
     for name in plain:

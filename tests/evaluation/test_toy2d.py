@@ -93,7 +93,7 @@ def asking(config):
     """The toy's own question, of a small network."""
     toy_config = load(next(path for path in CONFIGS if path.stem == "toy2d_ig"))
     config.ablation.update(toy_config.ablation)
-    config.ablation.seeds = 2
+    config.ablation.update(seeds=2, metrics=(*config.ablation.metrics, "fid"))
     config.ablation.trainings = (
         {"name": "smaller", "model.width": 8, "model.depth": 2, "model.auxiliary_depth": 0},
     )
@@ -115,7 +115,7 @@ def test_the_toy_needs_its_data_set_and_its_arms(tmp_path):
 def test_the_data_score_as_the_truth_does():
     values = toy.of_data(4000, (0, 1)).metrics
     assert (abs(values["outlier_rate"] - 0.01) < 0.006).all()
-    assert (values["label_accuracy"] > 0.99).all() and (values["coverage"] > 0.95).all()
+    assert (values["label_accuracy"] > 0.99).all() and (values["coverage"] > 0.9).all()
 
 
 def test_the_toys_figure_has_a_panel_for_each_method_and_one_of_paths():
@@ -141,9 +141,10 @@ def test_the_toy_from_training_to_the_figure(tmp_path, capsys):
     assert all(name in table for name in names)
     found = json.loads((tmp_path / "ablation.json").read_text())["methods"]
     assert list(found) == names
-    rates = {name: tuple(arm["metrics"]["outlier_rate"]) for name, arm in found.items()}
+    distances = {name: tuple(arm["metrics"]["fid"]) for name, arm in found.items()}
     # Methods differ on the same noise, and eight steps leave many outliers.
-    assert len(set(rates.values())) == len(names) and min(rates["final head"]) > 0.2
+    assert len(set(distances.values())) == len(names)
+    assert min(found["final head"]["metrics"]["outlier_rate"]) > 0.2
     assert read_image(tmp_path / "toy2d.png").shape[0] > 500
 
 
