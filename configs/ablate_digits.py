@@ -24,12 +24,21 @@ TRAININGS = (
     {"name": "heads_124", "model.auxiliary_depth": (1, 2, 4)},
     {"name": "lambda_0.25", "loss.auxiliary_weight": 0.25},
     {"name": "lambda_1", "loss.auxiliary_weight": 1.0},
-    {"name": "omega", "loss.guided_target_scale": 0.3, "loss.guided_target_start": 125},
+    *(
+        {
+            "name": f"omega_{target}",
+            "loss.guided_target": target,
+            "loss.guided_target_scale": 0.3,
+            "loss.guided_target_start": 125,
+        }
+        for target in ("auxiliary", "null", "segmented")
+    ),
     {
-        "name": "omega_null",
-        "loss.guided_target": "null",
-        "loss.guided_target_scale": 0.3,
-        "loss.guided_target_start": 125,
+        "name": "raev2",
+        "loss.prediction": "data",
+        "loss.weight": "velocity",
+        "loss.times": "lognormal",
+        "loss.auxiliary_weight": 1.0,
     },
     {"name": "muon", "optimizer.name": "muon"},
     {"name": "plain_muon", "optimizer.name": "muon", "model.auxiliary_depth": 0},
@@ -124,12 +133,14 @@ _TARGET = {
     "asks": "Guidance in the training target (ω = 0.3), in place of sampling or with it?",
     "arms": (
         *_by_w("plain target"),
-        *_by_w("ω, auxiliary head", train="omega"),
+        *_by_w("ω, auxiliary head", train="omega_auxiliary"),
         *_by_w("ω, null label", train="omega_null"),
+        *_by_w("ω, segmented", train="omega_segmented"),
     ),
     "expect": (
         _expect("ω, auxiliary head, w = 1", "plain target, w = 1", 0.1, "IG paper, discussion"),
         _expect("ω, null label, w = 1", "plain target, w = 1", 0.1, "arXiv 2502.12154"),
+        _expect("ω, segmented, w = 1", "ω, auxiliary head, w = 1", 0.0, "arXiv 2603.20584"),
         _expect("ω, auxiliary head, best w", "plain target, best w", 0.0, "IG paper, discussion"),
     ),
 }
@@ -296,6 +307,26 @@ _COST = {
     ),
 }
 
+_RECIPE = {
+    "name": "recipe",
+    "asks": "RAEv2's recipe: data predicted, errors as velocity, lognormal times, λ = 1?",
+    "arms": (*_by_w("SiT's recipe"), *_by_w("RAEv2's", train="raev2")),
+    "expect": (
+        _expect("RAEv2's, best w", "SiT's recipe, best w", 0.0, "arXiv 2605.18324, on features"),
+        _expect("RAEv2's, best w", "RAEv2's, w = 1", 0.1, "arXiv 2605.18324: w 1.78 without CFG"),
+    ),
+}
+
+_LABELS = {
+    "name": "labels",
+    "asks": "Do balanced labels flatter the distance (w = 2)?",
+    "arms": tuple(
+        {"name": name, "guidance.ig_scale": 2.0, "sampler.labels": name}
+        for name in ("balanced", "random")
+    ),
+    "expect": (_expect("balanced", "random", 0.0, "IG paper: 1.19 random, 1.07 balanced"),),
+}
+
 QUESTIONS = (
     _SCALE,
     _METHODS,
@@ -308,6 +339,8 @@ QUESTIONS = (
     _RULES,
     _LAMBDA,
     _HEADS,
+    _RECIPE,
+    _LABELS,
 )
 
 
