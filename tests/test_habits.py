@@ -4,6 +4,7 @@ import pathlib
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 
@@ -15,8 +16,8 @@ import ig_jax
 ROOT = pathlib.Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 YAML = sorted([*ROOT.glob(".github/**/*.yml"), *ROOT.glob(".*.yaml"), *ROOT.glob("*.cff")])
-# Installed by the person who wants it: it is no part of the tests.
-BY_HAND = {"pre-commit"}
+# Installed by the person or job that wants it, or there on every machine: no part of the tests.
+ELSEWHERE = {"pre-commit", "uv", "gh", "grep"}
 
 
 def read(name):
@@ -39,8 +40,10 @@ def commands():
 
 
 def is_there(program):
+    if program in ELSEWHERE or program in PROJECT["scripts"]:
+        return True
     beside = pathlib.Path(sys.executable).parent
-    return (ROOT / program).is_file() or shutil.which(program, path=beside) or program in BY_HAND
+    return (ROOT / program).is_file() or shutil.which(program, path=beside)
 
 
 def test_commands_exist():
@@ -53,8 +56,54 @@ def test_commands_exist():
             if re.fullmatch(r"[\w.]+/[\w./]+", word):
                 assert (ROOT / word).exists(), f"{where}: {word} is not there"
         seen.setdefault(program, where)
-    assert {"pip", "pytest", "ruff", "lint-imports", "shellcheck", ".ci/run"} <= set(seen)
+    lint = {"ruff", "lint-imports", "mypy", "shellcheck", "hadolint"}
+    assert lint | {"pip", "pytest", "mkdocs", "ig-jax", ".ci/run"} <= set(seen)
     assert not is_there("ruf")
+
+
+def workflow(name):
+    content = read(f".github/workflows/{name}.yml")
+    return content | {"on": content[True]}  # YAML reads "on" as a boolean
+
+
+@pytest.mark.parametrize("name", ["tests", "docs", "release"])
+def test_workflows_ask_for_little(name):
+    """No rights but those that a job needs, an end in time, and actions of known versions."""
+    assert workflow(name)["permissions"] == {"contents": "read"}
+    for job in workflow(name)["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        for step in job["steps"]:
+            assert re.fullmatch(r"[\w-]+/[\w-]+@(v\d+|release/v\d+)", step.get("uses", "a/b@v1"))
+        if "write" in job.get("permissions", {}).values():
+            assert workflow(name)["on"].keys() == {"push"} or "push" in job["if"]
+
+
+def test_ci_runs_both_ends_of_what_is_admitted():
+    jobs = workflow("tests")["jobs"]
+    assert jobs["tests"]["strategy"]["matrix"]["versions"] == ["lowest-direct", "highest"]
+    assert any("${{ matrix.versions }}" in s.get("run", "") for s in jobs["tests"]["steps"])
+    assert not set(jobs["lint"]["steps"][-1]) - {"run"}
+    assert jobs["lint"]["steps"][-1]["run"].startswith("pre-commit run --all-files")
+
+
+def test_a_release_is_a_tag_of_this_version():
+    release = workflow("release")
+    assert release["on"] == {"push": {"tags": ["v*"]}}
+    checks = [s["run"] for s in release["jobs"]["build"]["steps"] if "grep" in s.get("run", "")]
+    for tag, code in ((f"v{ig_jax.__version__}", 0), ("v9.9.9", 1)):
+        for check in checks:
+            done = subprocess.run(["bash", "-c", check], cwd=ROOT, env={"GITHUB_REF_NAME": tag})
+            assert done.returncode == code, check
+    assert len(checks) == 2 and release["jobs"]["publish"]["needs"] == "build"
+
+
+def test_hooks_check_every_file_of_their_kind():
+    """What a hook's pattern misses would never be checked."""
+    hooks = {hook["id"]: hook for hook in read(".pre-commit-config.yaml")["repos"][0]["hooks"]}
+    kinds = {"hadolint": "launch/*Dockerfile*", "notebook": "**/*.ipynb", "mypy": "ig_jax/**/*.py"}
+    for name, pattern in kinds.items():
+        files = [str(path.relative_to(ROOT)) for path in ROOT.glob(pattern)]
+        assert files and all(re.search(hooks[name]["files"], file) for file in files), name
 
 
 @pytest.mark.parametrize("path", YAML, ids=lambda path: path.name)
