@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
-from ig_jax import console
+from ig_jax import console, startup
 
 console.quiet_libraries()
 
@@ -46,6 +46,8 @@ Flags
   --guidance=best     sample or evaluate with what --mode=sweep found
   --fast              ablate and toy: a look in minutes, with config.ablation.fast's numbers
   --compare A B       with --mode=evaluate: how the protocols of two results differ
+  --sweep             with --mode=benchmark or compile: search ways to train
+  --nocache           compile anew, instead of keeping programs in the user's cache folder
   --version           of this program and of what it stands on
 """
 
@@ -93,10 +95,16 @@ def _toy(config: ConfigDict, workdir: str) -> str:
     return toy.run(config, workdir)
 
 
+def _benchmark(config: ConfigDict, workdir: str) -> str:
+    from ig_jax.plan import benchmark
+
+    return benchmark.run(config, workdir, _SWEEP.value)
+
+
 def _compile(config: ConfigDict, workdir: str) -> str:
     from ig_jax.plan import fit
 
-    return fit.run(config, workdir)
+    return fit.run(config, workdir, _SWEEP.value)
 
 
 # mode → (what it does, function(config, workdir) → the last line to print); those that read a
@@ -109,12 +117,15 @@ MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "ablate": ("ask a config's questions of small networks: tables and figures", _ablate),
     "toy": ("re-derive the paper's 2-D toy: its figure, and a table over seeds", _toy),
     "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
+    "benchmark": ("time training, sampling, decoding and reading here; --sweep", _benchmark),
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }
 
 # Modes that put questions to networks of their own.
 _ASK = ("ablate", "toy")
 _READ_CHECKPOINT = ("sample", "evaluate", "sweep")
+# Modes that time or weigh what compiling makes.
+_COMPILE_ANEW = ("benchmark", "compile")
 # Modes that write nothing, or elsewhere.
 _NO_WORKDIR = ("prepare", "compile")
 _HELP_FLAGS = {"--help", "-h", "-help", "--helpfull", "--helpshort"}
@@ -137,6 +148,14 @@ _STEP = flags.DEFINE_string(
 )
 
 
+_CACHE = flags.DEFINE_bool(
+    "cache", True, "keep compiled programs in the user's cache folder, for the next start"
+)
+_SWEEP = flags.DEFINE_bool(
+    "sweep",
+    False,
+    "--mode=benchmark, compile: search ways to train, and print the best ones' flags",
+)
 flags.DEFINE_multi_string(
     "import", [], "a Python file of yours that adds rows to the tables: rules, samplers, …"
 )
@@ -236,6 +255,11 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     from ig_jax import config as config_lib
     from ig_jax.parallel import processes
 
+    if _SWEEP.value and mode not in _COMPILE_ANEW:
+        raise InputError(
+            f"--sweep has no meaning with --mode={mode}: expected it with "
+            f"{', '.join(_COMPILE_ANEW)} only (--mode=sweep searches guidance)"
+        )
     workdir = _workdir(mode)
     arguments = _which(mode, config, workdir)
     if _FAST.value and mode not in _ASK:
@@ -259,6 +283,8 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     metrics.check_name(config)
     config = config_lib.resolve_paths(config)
     processes.initialize(config_lib.to_json(config))
+    if _CACHE.value and mode not in _COMPILE_ANEW:
+        startup.keep_compiled()
     try:
         last_line = MODES[mode][1](config, workdir, **arguments)
     except Stopped as stop:
@@ -307,6 +333,8 @@ def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, or exits with it (see `errors.Exit`)."""
     console.forgive_output()
+    if argv is None:  # a program of its own, and no caller's
+        startup.keep_freed_memory()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) == 1:
         print(START, end="")

@@ -1,7 +1,10 @@
 """Tests run on the CPU, which pretends to be eight devices."""
 
+import fcntl
+import gc
 import importlib.util
 import os
+import pathlib
 import tempfile
 
 import pytest
@@ -12,14 +15,18 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600 "
+    # Most of the tests' time would be LLVM's, which makes small programs hardly faster.
+    "--xla_backend_optimization_level=0",
 )
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Many tests build the same small programs: each is compiled once a session, subprocesses included.
-_CACHE = tempfile.TemporaryDirectory(prefix="ig_jax-compiled-")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
+# Many tests build the same small programs: each is compiled once a session, subprocesses and
+# pytest-xdist's workers included, which inherit the first process's environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="ig_jax-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
 
 
 def pytest_configure():
@@ -35,3 +42,23 @@ def pytest_runtest_setup(item):
     if os.environ.get("IG_JAX_TESTS_NEED_TORCH"):
         pytest.fail("IG_JAX_TESTS_NEED_TORCH is set, and PyTorch is not installed", pytrace=False)
     pytest.skip("PyTorch is not installed")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Tests marked `alone` take turns, whichever worker runs them."""
+    if item.get_closest_marker("alone") is None:
+        return (yield)
+    with open(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"], "alone.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return (yield)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_programs():
+    """What a module compiled is not kept in memory until the end; the cache on disk has it."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

@@ -79,6 +79,7 @@ CONFIG = "--config=configs/digits_ig.py"
             "config.guidance.ig_interval is (0.9, 0.1): expected",
         ),
         (["--mode=sample", "--workdir={}"], "no checkpoint in"),
+        ([CONFIG, "--workdir={}", "--sweep"], "--sweep has no meaning with --mode=train"),
         (
             [CONFIG, "--workdir={}", "--mod=train"],
             "Unknown command line flag 'mod'. Did you mean: mode",

@@ -101,6 +101,19 @@ def _attention_backend(dtype: jnp.dtype, head_width: int) -> Literal["cudnn", "x
     return "cudnn" if fused and platform == "gpu" else "xla"
 
 
+# Recomputed in the backward pass: the (tokens, tokens) weights cost less to make again than to keep
+# in memory and read. Heads are folded into the batch first, so that all products are contiguous.
+@jax.checkpoint
+def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax attention of (B, N, heads, d) queries, keys and values; weights are float32."""
+    batch, tokens, heads, width = q.shape
+    q, k, v = (a.swapaxes(1, 2).reshape(batch * heads, tokens, width) for a in (q, k, v))
+    logits = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits / np.sqrt(width).astype(np.float32)).astype(v.dtype)
+    out = jnp.einsum("bnm,bmd->bnd", weights, v)
+    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with optional RMS q/k norm and rotary embedding."""
 
@@ -122,8 +135,10 @@ class Attention(nnx.Module):
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (h.astype(self.dtype) for h in (q, k, v))
-        backend = _attention_backend(self.dtype, width // self.heads)
-        out = jax.nn.dot_product_attention(q, k, v, implementation=backend)
+        if _attention_backend(self.dtype, width // self.heads) == "cudnn":
+            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        else:
+            out = attend(q, k, v)
         return self.out(out.reshape(batch, tokens, width))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import re
 import time
 import warnings
@@ -22,8 +23,9 @@ from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models.functional import parameter_count
+from ig_jax.models.trunk import REMAT_POLICIES
 from ig_jax.parallel import sharding
-from ig_jax.plan import topology
+from ig_jax.plan import roofline, topology
 from ig_jax.plan.hlo import Collective, collectives
 from ig_jax.plan.topology import GIB
 from ig_jax.sampling.run import make_engine
@@ -69,6 +71,7 @@ class Report:
         state_bytes: of "parameters", "EMA" and "optimiser".
         memory: bytes of one device's memory, or None if unknown.
         programs: the train step and the sampler.
+        bound: the least time of the train step, where the devices' data sheet is known.
         advice: config fields to change, with values, that make everything fit; empty if it does,
             None if no single change of those tried would.
     """
@@ -81,6 +84,7 @@ class Report:
     state_bytes: dict[str, int]
     memory: int | None
     programs: tuple[Compiled, ...]
+    bound: roofline.Bound | None
     advice: dict[str, Any] | None
 
     @property
@@ -102,6 +106,8 @@ class Report:
         ]
         for program in self.programs:
             lines += ["", *self._program_lines(program)]
+            if program.name == "train step" and self.bound is not None:
+                lines.append(f"  {self.bound.line()}")
         return "\n".join([*lines, "", self._verdict()])
 
     def _program_lines(self, program: Compiled) -> Iterator[str]:
@@ -136,15 +142,79 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB"
 
 
-def run(config: ConfigDict, workdir: str) -> str:
+def run(config: ConfigDict, workdir: str, sweep: bool = False) -> str:
     """`--mode=compile`: compiles for `config.mesh.topology` (the present devices if empty).
 
     Returns:
-        The report, to be printed. Raises `InputError` for an unknown topology, a mesh or batch that
-        does not fit it, or where libtpu is not installed.
+        The report, to be printed, or with `sweep` what `search` finds. Raises `InputError` for an
+        unknown topology, a mesh or batch that does not fit it, or where libtpu is not installed.
     """
     del workdir
-    return report(config).table()
+    return search(config) if sweep else report(config).table()
+
+
+def search(config: ConfigDict) -> str:
+    """Compiles the train step over batch size, remat and fsdp, a minute each.
+
+    Returns:
+        A line for each way to train that fits and that no other beats in both memory and the bound
+        on images per second: the Pareto front, from the least memory on. Raises `InputError` as
+        `run` does, and without a topology.
+    """
+    devices, memory, config = _open(config)
+    chip = topology.chip(devices[0])
+    if chip is None:
+        raise InputError("config.mesh.topology is empty: expected a TPU's, to search ways to train")
+    batch, fsdp = (
+        config.train.batch_size,
+        Experiment.from_config(config, devices).mesh.shape["fsdp"],
+    )
+    ways = list(itertools.product((batch, 2 * batch, 4 * batch), REMAT_POLICIES, (fsdp, 2 * fsdp)))
+    names = ("train.batch_size", "model.remat", "mesh.fsdp")
+    points = []
+    with console.progress_bar(len(ways), "compiling") as advance:
+        for way in ways:
+            values = dict(zip(names, way, strict=True)) | {"mesh.data": -1}
+            advance(text=" ".join(map(str, way)))
+            try:
+                other = changed(config, values)
+                experiment = Experiment.from_config(other, devices)
+            except InputError:  # more fsdp than devices
+                continue
+            program = _compile("train step", experiment, memory)
+            bound = _bound(other, devices, [program]) if program.fits else None
+            if bound is not None:
+                points.append((program.peak, way[0] / bound.seconds, bound.mfu, values))
+    return "\n".join(_front(points, memory)) or "nothing tried fits: use a larger topology"
+
+
+def _front(points: list[tuple[int, float, float, dict[str, Any]]], memory: int) -> Iterator[str]:
+    """Those (peak, images/s, MFU, values) that no other beats in memory and images per second."""
+    best = 0.0
+    for peak, rate, mfu, values in sorted(points, key=lambda point: (point[0], -point[1])):
+        if rate > best:
+            best = rate
+            flags = " ".join(f"--config.{name}={value}" for name, value in values.items())
+            yield (
+                f"{_gib(peak)} of {_gib(memory)}, at most {rate:,.0f} images/s (MFU {mfu:.0%}): "
+                f"{flags}"
+            )
+
+
+def _open(config: ConfigDict) -> tuple[Sequence[jax.Device], int | None, ConfigDict]:
+    """The devices that a config names, the memory of one, and the config with "auto" resolved."""
+    name = config.mesh.topology
+    devices = topology.devices(name) if name else jax.devices()
+    return devices, topology.device_memory(devices), _resolve(config, devices)
+
+
+def changed(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config with other values, by name such as "model.remat"."""
+    copied = copy.deepcopy(config)
+    for name, value in values.items():
+        section, field = name.split(".")
+        copied[section][field] = value
+    return copied
 
 
 def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler")) -> Report:
@@ -158,10 +228,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
     Returns:
         The report. Raises `InputError` as `run` does.
     """
-    name = config.mesh.topology
-    devices = topology.devices(name) if name else jax.devices()
-    config = _resolve(config, devices)
-    memory = topology.device_memory(devices)
+    devices, memory, config = _open(config)
     experiment = Experiment.from_config(config, devices)
     with console.progress_bar(len(programs), "compiling") as advance:
         compiled = []
@@ -173,7 +240,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
         if not program.fits and advice is not None:
             change = _smallest_change(program.name, config, devices, memory)
             advice = None if change is None else advice | change
-    shapes = make_programs(experiment, _shapes_only(experiment)).shapes
+    shapes = make_programs(experiment, shapes_only(experiment)).shapes
     mesh = experiment.mesh.shape
     return Report(
         devices=(
@@ -182,7 +249,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
             f"data {mesh['data']} × fsdp {mesh['fsdp']}"
         ),
         choices={name: _field(config, name) for name in _CHOICES},
-        batch=_describe(config, _batch(experiment)),
+        batch=_describe(config, batch_shapes(experiment)),
         parameters=parameter_count(experiment.shapes),
         forward_flops=experiment.spec.forward_flops(),
         state_bytes={
@@ -192,8 +259,23 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
         },
         memory=memory,
         programs=tuple(compiled),
+        bound=_bound(config, devices, compiled),
         advice=advice,
     )
+
+
+def _bound(
+    config: ConfigDict, devices: Sequence[jax.Device], compiled: Sequence[Compiled]
+) -> roofline.Bound | None:
+    """The roofline of the train step, if it was compiled for a chip whose data sheet is known."""
+    chip = topology.chip(devices[0])
+    steps = [program for program in compiled if program.name == "train step"]
+    if chip is None or not steps or steps[0].refused:
+        return None
+    work = roofline.step_work(
+        config, devices, lambda one: lower_train_step(one).compile(), steps[0].collectives
+    )
+    return work and roofline.Bound(work, chip, topology.cores(devices))
 
 
 _CHOICES = (
@@ -218,7 +300,7 @@ def _resolve(config: ConfigDict, devices: Sequence[jax.Device]) -> ConfigDict:
     return config
 
 
-def _shapes_only(experiment: Experiment) -> DataSource:
+def shapes_only(experiment: Experiment) -> DataSource:
     """A data set without data, for programs that are only compiled."""
     return DataSource(
         train=(),
@@ -232,7 +314,7 @@ def _shapes_only(experiment: Experiment) -> DataSource:
     )
 
 
-def _batch(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of one global training batch; of latents, as `--mode=prepare` writes them."""
     config = experiment.config
     place = sharding.batch_sharding(experiment.mesh)
@@ -255,9 +337,9 @@ def _describe(config: ConfigDict, batch: Mapping[str, jax.ShapeDtypeStruct]) -> 
 
 def lower_train_step(experiment: Experiment) -> jax.stages.Lowered:
     """The train step of an experiment, lowered for its mesh from shapes alone."""
-    programs = make_programs(experiment, _shapes_only(experiment))
+    programs = make_programs(experiment, shapes_only(experiment))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return programs.step.lower(programs.shapes, _batch(experiment), key)
+    return programs.step.lower(programs.shapes, batch_shapes(experiment), key)
 
 
 def lower_sampler(experiment: Experiment) -> jax.stages.Lowered:
@@ -286,9 +368,7 @@ def _compile(name: str, experiment: Experiment, memory: int | None) -> Compiled:
             raise
         return Compiled(name, time.monotonic() - start, 0, 0, needed, False, {}, refused=True)
     seconds = time.monotonic() - start
-    sizes = compiled.memory_analysis()
-    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-    peak = sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
+    sizes, peak = compiled.memory_analysis(), peak_memory(compiled)
     return Compiled(
         name=name,
         seconds=seconds,
@@ -298,6 +378,14 @@ def _compile(name: str, experiment: Experiment, memory: int | None) -> Compiled:
         fits=memory is None or peak <= memory,
         collectives=collectives(compiled.as_text()),
     )
+
+
+def peak_memory(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a program needs at once on each device: arguments, results not written over them,
+    and temporaries."""
+    sizes = compiled.memory_analysis()
+    results = sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    return sizes.argument_size_in_bytes + results + sizes.temp_size_in_bytes
 
 
 def _refused(message: str) -> int | None:
@@ -342,15 +430,11 @@ def _smallest_change(
 ) -> dict[str, Any] | None:
     """Finds, by compiling, the first change of one field with which a program fits."""
     for field, value in _changes(name, config, len(devices)):
-        changed = copy.deepcopy(config)
-        section, key = field.split(".")
-        changed[section][key] = value
-        if field == "mesh.fsdp":
-            changed.mesh.data = -1
+        change = {field: value} | ({"mesh.data": -1} if field == "mesh.fsdp" else {})
         try:
-            experiment = Experiment.from_config(changed, devices)
+            experiment = Experiment.from_config(changed(config, change), devices)
         except InputError:
             continue
         if _compile(name, experiment, memory).fits:
-            return {field: value} | ({"mesh.data": -1} if field == "mesh.fsdp" else {})
+            return change
     return None

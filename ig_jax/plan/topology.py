@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -13,14 +14,48 @@ from jax.experimental import topologies
 from ig_jax.errors import InputError, suggest
 
 GIB = 2**30
-# Memory of one chip in GiB (Google Cloud, "TPU versions"), by the kind that JAX calls it.
-HBM_GIB = {
-    "TPU v2": 16,
-    "TPU v3": 32,
-    "TPU v4": 32,
-    "TPU v5 lite": 16,
-    "TPU v5": 95,
-    "TPU v6 lite": 32,
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a data sheet says of one chip.
+
+    Attributes:
+        memory: GiB.
+        flops: dense bfloat16 FLOP/s.
+        memory_rate, exchange_rate: bytes/s, of its memory, and of its links to other chips in both
+            directions.
+        source: of the numbers.
+    """
+
+    memory: int
+    flops: float
+    memory_rate: float
+    exchange_rate: float
+    source: str
+
+
+def _tpu(memory: int, tera: float, giga: float, links: float) -> Chip:
+    return Chip(memory, tera * 1e12, giga * 1e9, links * 1e9, 'Google Cloud, "TPU versions"')
+
+
+def _gpu(memory: int, tera: float, giga: float, links: float) -> Chip:
+    return Chip(memory, tera * 1e12, giga * 1e9, links * 1e9, "NVIDIA's data sheet, dense bfloat16")
+
+
+# By how the kind that JAX reports begins; the first that fits.
+CHIPS: dict[str, Chip] = {
+    "TPU v2": _tpu(16, 46, 700, 125),
+    "TPU v3": _tpu(32, 123, 900, 164),
+    "TPU v4": _tpu(32, 275, 1228, 600),
+    "TPU v5 lite": _tpu(16, 197, 819, 400),
+    "TPU v5": _tpu(95, 459, 2765, 1200),
+    "TPU v6 lite": _tpu(32, 918, 1640, 800),
+    "NVIDIA A100-SXM4-40GB": _gpu(40, 312, 1555, 600),
+    "NVIDIA A100-SXM4-80GB": _gpu(80, 312, 2039, 600),
+    "NVIDIA H100 PCIe": _gpu(80, 756, 2000, 600),
+    "NVIDIA H100": _gpu(80, 989, 3350, 900),
+    "NVIDIA H200": _gpu(141, 989, 4800, 900),
 }
 TOPOLOGIES = ("v5e:2x4", "v5e:4x4", "v5e:16x16", "v5p:2x2x2", "v6e:4x4", "v6e:16x16")
 LIBTPU = "libtpu==0.0.42.*"
@@ -60,12 +95,22 @@ def devices(topology: str) -> list[jax.Device]:
         ) from None
 
 
+def chip(device: jax.Device) -> Chip | None:
+    """The data sheet of a device's chip, or None for a CPU and what is not in the table."""
+    kinds = (kind for kind in CHIPS if device.device_kind.startswith(kind))
+    return next((CHIPS[kind] for kind in kinds), None)
+
+
+def cores(devices: Sequence[jax.Device]) -> int:
+    """How many of these devices are one chip, whose memory and links they share."""
+    return 1 + max(getattr(device, "core_on_chip", 0) for device in devices)
+
+
 def device_memory(devices: Sequence[jax.Device]) -> int | None:
     """Bytes of memory of one device, or None where that is unknown (a CPU)."""
-    kind = devices[0].device_kind
-    if kind in HBM_GIB:
-        cores = 1 + max(device.core_on_chip for device in devices)
-        return HBM_GIB[kind] * GIB // cores
+    found = chip(devices[0])
+    if found is not None and devices[0].platform == "tpu":
+        return found.memory * GIB // cores(devices)
     with contextlib.suppress(jax.errors.JaxRuntimeError, AttributeError, NotImplementedError):
         return (devices[0].memory_stats() or {}).get("bytes_limit")
     return None

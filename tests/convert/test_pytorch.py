@@ -452,6 +452,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "count"), [("sit", 677_786_144), ("lightningdit", 677_951_296)])
 def test_full_size_weights_come_back_within_8_gib(family, count):

@@ -663,6 +663,7 @@ print(json.dumps([r.metrics for r in results]))
 """
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_two_processes_equal_one(experiment, source, results, pictures, tmp_path):
     import socket

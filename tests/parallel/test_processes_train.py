@@ -20,7 +20,7 @@ from tests.parallel.test_processes import environment, free_port, place
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 
 def start(arguments, port, process_id, log):

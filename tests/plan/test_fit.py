@@ -11,7 +11,7 @@ from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
 from ig_jax.models import layers
 from ig_jax.parallel import sharding
-from ig_jax.plan import fit, topology
+from ig_jax.plan import fit, roofline, topology
 from tests import meshes
 from tests.common import tiny_config
 from tests.data.common import OPTIONS, encode, make_tree
@@ -125,7 +125,7 @@ def test_the_batch_is_what_the_data_give(name, tmp_path, monkeypatch):
     config.data.update(name=name, num_validation=0, autoencoder=OPTIONS["autoencoder"])
     experiment = Experiment.from_config(config)
     batch = next(pipeline.make_iterator(experiment.open_data().train, batch_size=16, seed=0))
-    assumed = fit._batch(experiment)
+    assumed = fit.batch_shapes(experiment)
     found = {key: (array.shape, array.dtype) for key, array in batch.items()}
     assert found == {key: (array.shape, array.dtype) for key, array in assumed.items()}
     monkeypatch.setitem(fit._LOWER, "train step", lambda experiment: Spare())
@@ -169,6 +169,7 @@ def test_a_topology_decides_on_precision_and_attention(monkeypatch):
     )
     report = fit.report(config)
     assert report.fits and report.choices["model.dtype"] == "bfloat16"
+    assert 0 < report.bound.mfu < 1 and report.bound.line() in report.table()
     assert {(jnp.dtype(dtype).name, name) for dtype, name in chosen} == {("bfloat16", "xla")}
     train, sampler = report.programs
     allowed = {"all-gather", "reduce-scatter", "all-reduce", "collective-permute"}
@@ -190,6 +191,7 @@ def test_advice_is_the_first_change_that_compiles_to_fit(monkeypatch):
         return fit.Compiled(name, 0.0, 1, 1, needed, needed <= memory, {})
 
     monkeypatch.setattr(fit, "_compile", pretend)
+    monkeypatch.setattr(fit, "_bound", lambda *arguments: None)
     for memory, advice in (
         (164, {}),
         (120, {"mesh.fsdp": 2, "mesh.data": -1}),
@@ -206,6 +208,35 @@ def test_advice_is_the_first_change_that_compiles_to_fit(monkeypatch):
     assert report.advice == {"train.accumulate": 2}
     assert compiled[-3:] == [(8, "dots", 1), (8, "full", 1), (8, "none", 2)]
     assert "it would with --config.train.accumulate=2" in report.table()
+
+
+@needs_libtpu
+def test_the_search_shows_what_no_other_way_beats(monkeypatch):
+    """Larger batches need more memory and are faster here; remat saves some and costs time."""
+    config = meshes.wide_config(batch_size=64)
+    config.mesh.update(topology="v5e:2x4", fsdp=4)
+
+    def peak(fields):
+        return fields.train.batch_size * (2 if fields.model.remat == "none" else 1)
+
+    def compiled(name, experiment, memory):
+        needed = peak(experiment.config) * topology.GIB // 16
+        return fit.Compiled(name, 0.0, 1, 1, needed, needed <= memory, {})
+
+    def bound(config, devices, programs):
+        slow = {"none": 1.0, "dots": 1.25, "full": 1.5}[config.model.remat]
+        work = roofline.Work(197e12 * slow, 0, 0, 197e12)
+        return roofline.Bound(work, topology.CHIPS["TPU v5 lite"])
+
+    monkeypatch.setattr(fit, "_compile", compiled)
+    monkeypatch.setattr(fit, "_bound", bound)
+    lines = fit.run(config, "", sweep=True).splitlines()
+    assert [line.partition(" of")[0] for line in lines] == ["4.00 GiB", "8.00 GiB", "16.00 GiB"]
+    assert "at most 51 images/s (MFU 80%)" in lines[0] and "model.remat=dots" in lines[0]
+    assert all("--config.mesh.fsdp=4" in line for line in lines)
+    config.mesh.topology = ""
+    with pytest.raises(InputError, match="config.mesh.topology is empty: expected a TPU's"):
+        fit.run(config, "", sweep=True)
 
 
 # The published recipes on real topologies.
@@ -233,7 +264,10 @@ def published(family, topology, batch_size):
         ("lightningdit", "v5e:16x16", 4096),
     ],
 )
-def test_published_recipes_fit_with_a_quarter_of_memory_to_spare(family, topology, batch_size):
+def test_published_recipes_fit_with_a_quarter_of_memory_to_spare(
+    family, topology, batch_size, monkeypatch
+):
+    monkeypatch.setattr(fit, "_bound", lambda *arguments: None)  # of other tests
     report = fit.report(published(family, topology, batch_size))
     train, sampler = report.programs
     assert report.fits and report.memory == 16 * 2**30

@@ -1,0 +1,114 @@
+"""Freed memory stays with the program, and compiled programs are found again by the next one."""
+
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from ig_jax import startup
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+FAULTS = """
+import resource, sys, threading
+from ig_jax import startup
+if sys.argv[1] == "keep":
+    startup.keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def work():
+    for _ in range(10):
+        b"x" * (64 << 20)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other systems allocate otherwise")
+def test_freed_memory_is_used_again():
+    """Ten times the same 64 MiB are 16,384 pages once, or ten times; on other threads, too."""
+
+    def faults(*arguments, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    assert faults("leave") > 100_000
+    assert faults("keep") < 25_000
+    # The host of an accelerator has threads that would wait for each other's memory.
+    assert faults("keep", JAX_PLATFORMS="cuda") > 100_000
+
+
+@pytest.fixture
+def config(monkeypatch, tmp_path):
+    """JAX's, without a cache; it is as before afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield jax.config
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_for_each_user_and_processor(config, tmp_path, monkeypatch):
+    startup.keep_compiled()
+    assert config.jax_compilation_cache_dir == str(startup.cache_folder())
+    assert os.fspath(startup.cache_folder().parent) == str(tmp_path / "ig_jax")
+    assert startup.cache_folder().is_dir()
+    here = startup.cache_folder()
+    monkeypatch.setattr(platform, "machine", lambda: "another")
+    assert startup.cache_folder() != here
+
+
+def test_a_cache_of_ones_own_is_left(config, tmp_path):
+    config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
+    startup.keep_compiled()
+    assert config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+def test_several_cpu_processes_and_a_home_that_cannot_be_written_to_get_none(
+    config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    startup.keep_compiled()
+    assert config.jax_compilation_cache_dir is None
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    startup.keep_compiled()
+    assert config.jax_compilation_cache_dir is None
+
+
+COMPILE = """
+import sys
+import jax
+from ig_jax import main
+
+def compile(config, workdir):
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.jit(lambda x: x + 1)(1.0)
+    return "done"
+
+main.MODES["train"] = ("", compile)
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("flags", [(), ("--nocache",)])
+def test_the_command_line_keeps_programs_unless_told_otherwise(tmp_path, flags):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    run = ["--config=digits_ig", f"--workdir={tmp_path / 'w'}", *flags]
+    subprocess.run([sys.executable, "-c", COMPILE, *run], env=environment, check=True)
+    assert bool(list(tmp_path.glob("cache/ig_jax/compiled-*/*"))) == (not flags)
