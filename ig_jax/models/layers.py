@@ -101,6 +101,24 @@ def _attention_backend(dtype: jnp.dtype, head_width: int) -> Literal["cudnn", "x
     return "cudnn" if fused and platform == "gpu" else "xla"
 
 
+@jax.custom_jvp
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Products of (B, N, d) queries and keys, (B, N, N) float32; derivatives in the inputs' dtype.
+
+    Left to JAX, those of 16-bit inputs would be products of float32 matrices.
+    """
+    return jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
+
+
+@_scores.defjvp
+def _scores_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (q, k), (dq, dk) = primals, tangents
+    change = jnp.einsum("bnd,bmd->bnm", dq, k) + jnp.einsum("bnd,bmd->bnm", q, dk)
+    return _scores(q, k), change.astype(jnp.float32)
+
+
 # Recomputed in the backward pass: the (tokens, tokens) weights cost less to make again than to keep
 # in memory and read. Heads are folded into the batch first, so that all products are contiguous.
 @jax.checkpoint
@@ -108,8 +126,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention of (B, N, heads, d) queries, keys and values; weights are float32."""
     batch, tokens, heads, width = q.shape
     q, k, v = (a.swapaxes(1, 2).reshape(batch * heads, tokens, width) for a in (q, k, v))
-    logits = jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(logits / np.sqrt(width).astype(np.float32)).astype(v.dtype)
+    weights = jax.nn.softmax(_scores(q, k) / np.sqrt(width).astype(np.float32)).astype(v.dtype)
     out = jnp.einsum("bnm,bmd->bnd", weights, v)
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from ig_jax.convert.pytorch import from_pytorch
 from ig_jax.errors import InputError
-from ig_jax.models import families, functional, network
+from ig_jax.models import families, functional, layers, network
 from ig_jax.models.dit import DiT, DiTSpec
 from ig_jax.models.network import Heads
 from tests.common import golden, nhwc, relative_error
@@ -252,3 +252,22 @@ def test_unknown_size_and_wrong_input_are_refused():
     expected = "input has shape (8, 8, 4): this model expects (4, 4, 4) (HWC)"
     with pytest.raises(InputError, match=re.escape(expected)):
         nnx.eval_shape(model, x, jnp.zeros(2), jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_attention_and_its_derivatives_are_jaxs_own(dtype):
+    """Heads folded into the batch and weights computed anew change no value and no gradient."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 9, 4, 8)).astype(dtype)
+    weight = jax.random.normal(jax.random.key(1), (2, 9, 4, 8))
+
+    def both(attend):
+        def total(q, k, v):
+            return (attend(q, k, v).astype(jnp.float32) * weight).sum()
+
+        forward = jax.jvp(total, (q, k, v), (v, q, k))
+        return forward, jax.grad(total, argnums=(0, 1, 2))(q, k, v)
+
+    limit = 1e-6 if dtype == jnp.float32 else 2e-2
+    found, expected = both(layers.attend), both(jax.nn.dot_product_attention)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype and relative_error(a, b) < limit

@@ -1,10 +1,15 @@
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
-from ig_jax.plan import hlo
+from ig_jax.plan import fit, hlo
+from ig_jax.training.setup import make_programs
+from tests.common import tiny_config
 
 
 def exchanged(function, shape, spec, mesh=None):
@@ -112,3 +117,24 @@ def test_tpu_programs_are_read_as_the_compiler_writes_them():
         "all-gather": hlo.Collective(28, 28 * 32 * 128 * 2),
         "collective-permute": hlo.Collective(1, 4 * 8 * 4),
     }
+
+
+def test_a_bfloat16_step_lowered_for_cuda_has_no_large_float32_products_and_no_host():
+    """Only the embedding of the (B,) times is float32; nothing goes to the host and back."""
+    config = tiny_config()
+    config.model.dtype = "bfloat16"
+    experiment = Experiment.from_config(config, jax.devices()[:1])
+    programs = make_programs(experiment, fit.shapes_only(experiment))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    traced = programs.step.trace(programs.shapes, fit.batch_shapes(experiment), key)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    products = re.findall(r"dot_general.* : \(tensor<([\w]+)>, tensor<([\w]+)>\)", text)
+    assert len(products) > 50 and sum("bf16" in left for left, _ in products) > 50
+    batch = config.train.batch_size
+    for operands in products:
+        if any("xf32" in operand for operand in operands):
+            # Matrices with the batch, and without tokens.
+            assert all(operand.count("x") == 2 for operand in operands), operands
+            assert any(operand.startswith(f"{batch}x") for operand in operands), operands
+    for word in ("callback", "infeed", "outfeed", "stablehlo.send", "stablehlo.recv"):
+        assert word not in text
