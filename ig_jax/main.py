@@ -48,6 +48,7 @@ Flags
   --compare A B       with --mode=evaluate: how the protocols of two results differ
   --sweep             with --mode=benchmark or compile: search ways to train
   --nocache           compile anew, instead of keeping programs in the user's cache folder
+  --xla_preset=gpu    XLA flags that may be faster there: measure with --mode=benchmark
   --version           of this program and of what it stands on
 """
 
@@ -150,6 +151,9 @@ _STEP = flags.DEFINE_string(
 
 _CACHE = flags.DEFINE_bool(
     "cache", True, "keep compiled programs in the user's cache folder, for the next start"
+)
+_PRESET = flags.DEFINE_enum(
+    "xla_preset", "none", tuple(startup.PRESETS), "XLA flags by name, not measured yet"
 )
 _SWEEP = flags.DEFINE_bool(
     "sweep",
@@ -282,6 +286,7 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     extractors.check_name(config)
     metrics.check_name(config)
     config = config_lib.resolve_paths(config)
+    startup.use_preset(_PRESET.value)
     processes.initialize(config_lib.to_json(config))
     if _CACHE.value and mode not in _COMPILE_ANEW:
         startup.keep_compiled()

@@ -20,6 +20,30 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _WORTH_KEEPING_S = 0.1
 
 
+# Name → (XLA's flags, JAX's optimisation level). What pays depends on card, network and version, so
+# none is the default: measure with `--mode=benchmark` (JAX documentation, "GPU performance tips").
+PRESETS: dict[str, tuple[tuple[str, ...], str]] = {
+    "none": ((), "UNKNOWN"),
+    "gpu": (
+        ("--xla_gpu_enable_latency_hiding_scheduler=true", "--xla_gpu_triton_gemm_any=true"),
+        "O1",
+    ),
+}
+
+
+def use_preset(name: str) -> None:
+    """Sets the XLA flags of a row of `PRESETS`; those that are set already stay and come last.
+
+    Call it before the first use of a device.
+    """
+    import jax
+
+    flags, level = PRESETS[name]
+    if flags:
+        os.environ["XLA_FLAGS"] = " ".join((*flags, os.environ.get("XLA_FLAGS", ""))).strip()
+        jax.config.update("jax_optimization_level", level)
+
+
 def keep_freed_memory() -> None:
     """On CPU, keeps freed memory for what comes next instead of giving it back to Linux.
 

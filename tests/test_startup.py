@@ -112,3 +112,30 @@ def test_the_command_line_keeps_programs_unless_told_otherwise(tmp_path, flags):
     run = ["--config=digits_ig", f"--workdir={tmp_path / 'w'}", *flags]
     subprocess.run([sys.executable, "-c", COMPILE, *run], env=environment, check=True)
     assert bool(list(tmp_path.glob("cache/ig_jax/compiled-*/*"))) == (not flags)
+
+
+PRESET = """
+import os, sys
+import jax
+from ig_jax import main
+
+def show(config, workdir):
+    jax.jit(lambda x: x + 1)(1.0)  # XLA ends the program for a flag that it does not know
+    print(os.environ.get("XLA_FLAGS", ""), jax.config.jax_optimization_level)
+    return "done"
+
+main.MODES["train"] = ("", show)
+sys.exit(main.main(sys.argv))
+"""
+
+
+@pytest.mark.parametrize("name", startup.PRESETS)
+def test_presets_are_flags_that_xla_knows(name, tmp_path):
+    own = "--xla_force_host_platform_device_count=1"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": own}
+    run = ["--config=digits_ig", f"--workdir={tmp_path / 'w'}", f"--xla_preset={name}"]
+    done = subprocess.run(
+        [sys.executable, "-c", PRESET, *run], env=environment, capture_output=True, text=True
+    )
+    flags, level = startup.PRESETS[name]
+    assert done.stdout.splitlines()[0] == " ".join((*flags, own, level)), done.stderr
