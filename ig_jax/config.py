@@ -25,6 +25,8 @@ from ig_jax.sections import Config, OptimizerOptions
 
 # Every field by path, such as "guidance.ig_scale".
 FIELDS = fields.every(Config)
+# Sections that say how is learned; the others say what.
+CHANGEABLE = ("optimizer", "loss", "train", "data")
 
 
 def default_config(family: str = "sit", size: str = "xl") -> ConfigDict:
@@ -118,6 +120,8 @@ def validate(config: ConfigDict) -> None:
     """
     with naming_imports(config.get("imports", ())):
         fields.check_values(Config, config, "config")
+    for name in _allowed_changes(config):
+        errors.check_choice("config.train.allow_changes", name, CHANGEABLE)
     time_grid(config)
     _check_sweep(config)
     spec = model_spec(config)
@@ -379,26 +383,41 @@ def differences(config: ConfigDict, saved: ConfigDict) -> list[str]:
 
     Both are complete (`from_json` completes a saved one). A field says itself whether it is free.
     """
+    allowed, lines = _allowed_changes(config), _changes(config, saved)
+    return [line for path, line in lines.items() if path.partition(".")[0] not in allowed]
+
+
+def allowed_changes(config: ConfigDict, saved: ConfigDict) -> list[str]:
+    """As `differences`, the fields that `config.train.allow_changes` allows to differ."""
+    allowed, lines = _allowed_changes(config), _changes(config, saved)
+    return [line for path, line in lines.items() if path.partition(".")[0] in allowed]
+
+
+def _changes(config: ConfigDict, saved: ConfigDict) -> dict[str, str]:
+    """A line on each field that is fixed and differs, by path."""
     # An older version saved paths as they were typed.
     config, saved = resolve_paths(config), resolve_paths(saved)
     fixed = [path for path, field in FIELDS.items() if field.resume == "fixed"]
     if config.data.name == "latents":
         # Older versions mirrored latents; such a run may go on without.
         fixed.remove("data.flip")
+    lines, length = {}, "train.num_steps"
     # So that a finished run can be prolonged, its length is free unless the rate depends on it.
-    if config.optimizer.schedule != "constant":
-        fixed.append("train.num_steps")
-    lines = []
-    for path in fixed:
+    for path in (*fixed, *([length] if config.optimizer.schedule != "constant" else [])):
         value, old = at(config, path), at(saved, path)
         if value != old:
-            lines.append(f"config.{path} is {value!r}, the checkpoint has {old!r}")
-    if fixed[-1] == "train.num_steps" and value != old:
-        lines[-1] += (
+            lines[path] = f"config.{path} is {value!r}, the checkpoint has {old!r}"
+    if length in lines:
+        lines[length] += (
             ": the learning rate depends on it (config.optimizer.schedule is "
             f"{config.optimizer.schedule!r})"
         )
     return lines
+
+
+def _allowed_changes(config: ConfigDict) -> list[str]:
+    """The sections that `config.train.allow_changes` names."""
+    return [name.strip() for name in config.train.allow_changes.split(",") if name.strip()]
 
 
 def at(config: ConfigDict, path: str) -> Any:

@@ -145,6 +145,14 @@ class TrainOptions:
     profile_at: int = _free(
         0, "step at which a profile is recorded; 0: never", limits=checks.COUNT_OR_NONE
     )
+    not_finite: str = _free(
+        "stop",
+        "at a loss, gradient or update that is not finite: stop, or skip the update and count",
+        choices=("stop", "skip"),
+    )
+    allow_changes: str = _free(
+        "", "sections, as in optimizer,loss, that may change though they stay; they are recorded"
+    )
     init_from: str = field(
         "", "a workdir whose EMA weights training starts from (fine-tuning)", path=True
     )

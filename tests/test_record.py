@@ -206,6 +206,8 @@ OTHERS = {
     "optimizer.newton_schulz_dtype": "float32",
     "optimizer.trainable": "auxiliary_head",
     "train.batch_size": 64,
+    "train.not_finite": "skip",
+    "train.allow_changes": "optimizer",
     "guidance.ig_scale": 1.5,
     "guidance.ig_interval": (0.2, 1.0),
     "guidance.cfg_scale": 1.5,

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import safetensors
 
 from ig_jax import pictures
 from ig_jax.data import images, shards
@@ -393,7 +394,7 @@ class NpySource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
-        file = os.path.join(self._folder, os.fsdecode(self._names[index]))
+        file = self.where(index)
         try:
             with open(file, "rb") as stream:
                 moments = _parse_npy(stream.read())
@@ -404,7 +405,16 @@ class NpySource:
                 f"{file}: found shape {moments.shape}, expected (2·C, H, W), mean and then std"
             )
         mean, std = map(_channels_last, np.split(moments, 2))
+        if not std.min() >= 0:
+            raise InputError(
+                f"{file}: found a std of {std.min()}, expected none below 0 (the first half of the "
+                "channels is the mean, the second the std)"
+            )
         return {"mean": mean, "std": std, "label": self._labels[index]}
+
+    def where(self, index: int) -> str:
+        """The file of an example."""
+        return os.path.join(self._folder, os.fsdecode(self._names[index]))
 
 
 _header_lock = threading.Lock()
@@ -487,13 +497,21 @@ def _all_null(entries: Any) -> bool:
     return bool(pairs) and all(len(entry) == 2 and entry[1] is None for entry in entries)
 
 
+def _whole(label: Any) -> int:
+    """A label from JSON; raises `ValueError` and others for what is no whole number of 32 bits."""
+    number = int(label)
+    if isinstance(label, bool) or number != float(label) or not -(2**31) <= number < 2**31:
+        raise ValueError(f"label {label}, expected a whole number below 2**31")
+    return number
+
+
 def _npy_labels(where: str, entries: Any, names: Sequence[str]) -> np.ndarray:
     """The label of every file, from `[["00000/img….npy", 12], …]`."""
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{where}: found no labels, expected {_LABELS}")
     try:
-        labels = {name.replace("\\", "/"): int(label) for name, label in entries}
-    except (TypeError, ValueError, AttributeError) as error:
+        labels = {name.replace("\\", "/"): _whole(label) for name, label in entries}
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"{where}: found other entries than expected, {_LABELS} ({error})"
         ) from error
@@ -564,6 +582,10 @@ class SafetensorsSource:
             example["x_flip"] = self._read(shard, "latents_flip", position)
         return example | {"label": self._labels[index]}
 
+    def where(self, index: int) -> str:
+        """The file of an example."""
+        return self._files[bisect.bisect_right(self._ends, index)]
+
     def _read(self, shard: int, name: str, position: int) -> np.ndarray:
         entry = self._headers[shard][name]
         _, *shape = entry["shape"]
@@ -573,16 +595,21 @@ class SafetensorsSource:
         data = os.pread(self._descriptor(shard), length, entry["start"] + position * length)
         if len(data) < length:
             raise InputError(f"{self._files[shard]}: truncated, example {position} is not there")
-        values = np.frombuffer(data, dtype)
-        if entry["dtype"] == "BF16":  # the upper half of a float32
-            values = (values.astype(np.uint32) << 16).view(np.float32)
-        return _channels_last(values.reshape(shape))
+        return _channels_last(_values(data, entry["dtype"]).reshape(shape))
 
     def _descriptor(self, shard: int) -> int:
         with self._lock:
             if shard not in self._descriptors:
                 self._descriptors[shard] = os.open(self._files[shard], os.O_RDONLY)
             return self._descriptors[shard]
+
+
+def _values(data: bytes, kind: str) -> np.ndarray:
+    """The numbers of a tensor of a type that `_DTYPES` has, flat."""
+    values = np.frombuffer(data, _DTYPES[kind])
+    if kind == "BF16":  # the upper half of a float32
+        values = (values.astype(np.uint32) << 16).view(np.float32)
+    return values
 
 
 def _safetensors_names(path: str) -> list[str]:
@@ -606,9 +633,7 @@ def _safetensors_header(file: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{file}: truncated or not a safetensors file")
     entries = {k: v for k, v in content.items() if k != "__metadata__"}
-    end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if size < end:
-        raise InputError(f"{file}: truncated, {size} of {end} bytes")
+    _check_safetensors(file, size, 8 + length, entries)
     if "latents" not in entries:
         raise InputError(
             f"{file}: found {', '.join(entries) or 'nothing'}, expected latents, and perhaps "
@@ -634,13 +659,35 @@ def _safetensors_header(file: str) -> dict[str, Any]:
     return header
 
 
+def _check_safetensors(file: str, size: int, start: int, entries: Mapping[str, Any]) -> None:
+    """Raises `InputError` unless a header's tensors fill the file, as the format demands."""
+    try:
+        end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (TypeError, KeyError, IndexError):
+        end = size
+    if size < end:
+        raise InputError(f"{file}: truncated, {size} of {end} bytes")
+    try:
+        with safetensors.safe_open(file, framework="np"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{file}: not a safetensors file ({error})") from error
+
+
 def _read_labels(file: str, header: Mapping[str, Any]) -> np.ndarray:
     entry = header["labels"]
     with open(file, "rb") as stream:
         stream.seek(entry["start"])
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         data = stream.read(entry["shape"][0] * dtype.itemsize)
-    return np.frombuffer(data, dtype).astype(np.int32)
+    values = _values(data, entry["dtype"])
+    with np.errstate(invalid="ignore"):
+        labels = values.astype(np.int32)
+    if (wrong := np.flatnonzero(labels != values)).size:
+        raise InputError(
+            f"{file}: found label {values[wrong[0]]}, expected whole numbers below 2**31"
+        )
+    return labels
 
 
 def _safetensors_classes(

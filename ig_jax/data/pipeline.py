@@ -5,6 +5,7 @@ pass for evaluation, prefetch to devices, and the pure function that turns a bat
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -20,7 +21,7 @@ import numpy as np
 from absl import flags
 from jax.sharding import NamedSharding
 
-from ig_jax.data.source import ArraySource, Example, RandomAccess
+from ig_jax.data.source import ArraySource, Example, RandomAccess, where
 from ig_jax.errors import InputError
 from ig_jax.streams import numpy_stream
 
@@ -194,6 +195,46 @@ def make_iterator(
     # the batches of one process.
     shares = dataset.batch(share)
     return BatchIterator(shares[process_index::process_count], num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Indices:
+    """A source whose examples are their own indices."""
+
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Example:
+        return {"x": index}
+
+
+def first_not_finite(
+    source: RandomAccess, *, batch_size: int, seed: int, flip: bool, step: int
+) -> str:
+    """Looks for an example with a value that is not finite in the batch of a training step.
+
+    Args:
+        source: of the training.
+        batch_size, seed, flip: as `make_iterator` has them.
+        step: the first is 1.
+
+    Returns:
+        Which example it is, and of which file; empty if all are finite.
+    """
+    count = len(source)
+    in_memory = isinstance(source, ArraySource) and not flip  # which have an order of their own
+    numbers = ArraySource(*[np.arange(count)] * 2) if in_memory else _Indices(count)
+    order = make_iterator(numbers, batch_size=batch_size, seed=seed)
+    order.set_state({"step": step - 1})
+    with contextlib.closing(order):
+        indices = next(order)["x"].tolist()
+    for index in indices:
+        for name, value in source[index].items():
+            if not np.isfinite(value).all():
+                return f"{name} of {where(source, index)} is not finite in the data"
+    return ""
 
 
 def _check_shared_memory(example: Example, share: int, num_workers: int) -> None:

@@ -122,6 +122,11 @@ def read_index(path: str) -> dict[str, Any]:
         raise InputError(
             f"{path}/{INDEX}: found format {index.get('format')!r}, expected {FORMAT!r}"
         )
+    for shard in index["shards"]:
+        if shard["file"] != os.path.basename(shard["file"]) or shard["file"] in ("", ".", ".."):
+            raise InputError(
+                f"{path}/{INDEX}: names the shard {shard['file']!r}, expected a file of this folder"
+            )
     return index
 
 
@@ -200,8 +205,12 @@ class ShardSource:
         except (RuntimeError, ValueError, IndexError) as error:
             if not 0 <= index < len(self):
                 raise IndexError(index) from error
-            file = self._files[bisect.bisect_right(self._ends, index)]
+            file = self.where(index)
             raise InputError(f"{file}: damaged, record of example {index} is unreadable") from error
+
+    def where(self, index: int) -> str:
+        """The file of an example."""
+        return self._files[bisect.bisect_right(self._ends, index)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,14 @@ class Subset:
         return self.source[int(self.indices[index])]
 
 
+def where(source: RandomAccess, index: int) -> str:
+    """An example's index and, of sources that say it (`where(index)`), its file."""
+    if isinstance(source, Subset):
+        return where(source.source, int(source.indices[index]))
+    file = f", {source.where(index)}" if hasattr(source, "where") else ""
+    return f"example {index}{file}"
+
+
 @dataclasses.dataclass(frozen=True)
 class DataSource:
     """An opened data set.

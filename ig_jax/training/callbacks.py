@@ -3,8 +3,12 @@ and the profile. Validation, sample grids and evaluation are callbacks in files 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import logging
+import math
 import os
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -17,9 +21,16 @@ from ig_jax import console
 from ig_jax.errors import NotFiniteError
 from ig_jax.models.functional import Params
 from ig_jax.storage.checkpoints import Checkpoints, Score
-from ig_jax.training.metrics import StepClock, TrainMetrics, report
+from ig_jax.training.metrics import WHAT, Bad, StepClock, TrainMetrics, report
 from ig_jax.training.optimizer import learning_rate_schedule
 from ig_jax.training.state import StepMetrics, TrainState
+
+log = logging.getLogger("ig_jax")
+
+# A loss this many times the median of the last reports is a spike.
+_SPIKE, _RECENT = 3.0, 21
+# A run whose updates are skipped, all of them, stops after this many.
+_SKIPPED_AT_MOST = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +101,7 @@ class Report(Callback):
         clock: of the steps.
         checkpoints: of the run.
         advance: of the progress bar.
+        blame: what is wrong with the examples of a step, if anything, in words.
     """
 
     def __init__(
@@ -100,12 +112,15 @@ class Report(Callback):
         clock: StepClock,
         checkpoints: Checkpoints,
         advance: console.Advance,
+        blame: Callable[[int], str],
     ):
         self._train, self._reported = config.train, first_step
         self._accumulate, self._clock = accumulate, clock
         self._checkpoints, self._advance = checkpoints, advance
         self._schedule = learning_rate_schedule(config_lib.optimizer_options(config))
+        self._blame, self._skipped = blame, 0
         self._totals = TrainMetrics.empty()
+        self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
 
     def on_step(self, moment: Moment) -> None:
         self._totals = self._accumulate(self._totals, moment.state.step, moment.metrics)
@@ -114,11 +129,19 @@ class Report(Callback):
         return saving or is_due(self._train.log_every, step)
 
     def on_due(self, moment: Moment) -> None:
-        """Raises `NotFiniteError` if the loss or the gradient was not finite at any step."""
+        """Raises `NotFiniteError` if a step was not finite, unless those are to be skipped."""
         values, bad = report(self._totals)
-        if bad is not None:
-            raise self._diverged(bad)
         steps = moment.step - self._reported
+        if bad is not None:
+            self._skipped = self._skipped + steps if bad.count == steps else 0
+            if self._train.not_finite == "stop" or self._skipped >= _SKIPPED_AT_MOST:
+                raise self._diverged(bad, moment)
+            log.warning("%s: %d updates skipped", self._describe(bad, moment), bad.count)
+        else:
+            self._skipped = 0
+        if self._train.not_finite == "skip":
+            values["skipped_updates"] = bad.count if bad else 0
+        self._warn_of_spike(moment.step, values)
         rate = steps / self._clock.lap()
         values |= {
             "learning_rate": float(self._schedule(moment.step - 1)),
@@ -129,14 +152,39 @@ class Report(Callback):
         self._advance(steps, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
         self._totals, self._reported = TrainMetrics.empty(), moment.step
 
-    def _diverged(self, step: int) -> NotFiniteError:
-        kept = "there is no checkpoint yet"
-        if self._checkpoints.steps():
-            kept = f"the last good checkpoint in {self._checkpoints.directory.parent} is kept"
-        return NotFiniteError(
-            f"the loss is not finite at step {step}: training stopped, expected a finite number; "
-            f"{kept} (lower config.optimizer.learning_rate, or look at the data)"
+    def _warn_of_spike(self, step: int, values: dict[str, float]) -> None:
+        """Says so where one step's loss is far above what was usual in the last reports."""
+        largest, usual = values["loss_largest"], statistics.median(self._recent or [math.inf])
+        if usual > 0 and largest > _SPIKE * usual:
+            log.warning(
+                "loss spike before step %d: %.4g, the median of %d reports is %.4g",
+                *(step, largest, len(self._recent), usual),
+            )
+        if math.isfinite(values["loss"]):
+            self._recent.append(values["loss"])
+
+    def _describe(self, bad: Bad, moment: Moment) -> str:
+        """The first bad step in words: what was not finite, where, and in which examples."""
+        where = ""
+        if bad.parameter >= 0:
+            path, _ = jax.tree_util.tree_leaves_with_path(moment.state.params)[bad.parameter]
+            where = f", nor is {jax.tree_util.keystr(path, simple=True, separator='.')}"
+        blame = self._blame(bad.step)
+        return f"the {WHAT[bad.what]} is not finite at step {bad.step}{where}" + (
+            f" ({blame})" if blame else ""
         )
+
+    def _diverged(self, bad: Bad, moment: Moment) -> NotFiniteError:
+        self._checkpoints.wait()
+        steps, workdir = self._checkpoints.steps(), self._checkpoints.directory.parent
+        remedy = "there is no checkpoint yet: expected a lower config.optimizer.learning_rate"
+        if steps:
+            remedy = (
+                f"checkpoint {steps[-1]} in {workdir} is whole, go on from there with a lower "
+                "--config.optimizer.learning_rate and --config.train.allow_changes=optimizer, or "
+                "with --config.train.not_finite=skip"
+            )
+        return NotFiniteError(f"{self._describe(bad, moment)}: training stopped; {remedy}")
 
 
 class Profile(Callback):

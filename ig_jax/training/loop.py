@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import logging
 import signal
 import threading
@@ -20,13 +22,19 @@ from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
 from ig_jax.parallel.sharding import wait_if_simulated
 from ig_jax.storage.checkpoints import Checkpoints
+from ig_jax.storage.files import write_atomically
+from ig_jax.storage.lock import hold
 from ig_jax.streams import stream
+from ig_jax.training import setup as setup_lib
 from ig_jax.training.callbacks import Callback, Moment, Report, is_due
 from ig_jax.training.metrics import StepClock
 from ig_jax.training.setup import Setup, open_batches
 from ig_jax.training.state import TrainState
 
 log = logging.getLogger("ig_jax")
+
+# What resumed runs changed with `config.train.allow_changes`, and from which step on.
+CHANGES = "changes.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +60,7 @@ def train(setup: Setup, callbacks: Sequence[Callback] = ()) -> Trained:
         callbacks: what happens beside the steps, in this order, after metrics are reported.
 
     Raises:
-        NotFiniteError: the loss is no longer finite (the last good checkpoint is kept).
+        NotFiniteError: a step was not finite (it is not saved; the last checkpoint is whole).
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
     with contextlib.ExitStack() as stack:
@@ -71,6 +79,7 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
     for callback in callbacks:
         stack.callback(callback.close)
     setup.workdir.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context(hold(setup.workdir))
     writer = metric_writers.create_default_writer(
         str(setup.workdir), just_logging=not is_primary(), asynchronous=True
     )
@@ -84,6 +93,8 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
     state, data_state = setup.initial_state(checkpoints)
     first_step = int(state.step)
     _announce(state.params, first_step, config.train.num_steps)
+    if setup.changes:
+        _record_changes(setup, first_step)
     # Also of a continued run, whose options may be others.
     writer.write_hparams(_flat(config))
     batches = open_batches(config, setup.source, setup.experiment.mesh, data_state)
@@ -93,7 +104,8 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
     asked = stack.enter_context(_stop_signals())
     clock, add = StepClock(), setup.programs.accumulate
     # First of all, so that a state that is not finite is never saved.
-    report = Report(config, first_step, add, clock, checkpoints, advance)
+    blame = functools.partial(setup_lib.blame, config, setup.source)
+    report = Report(config, first_step, add, clock, checkpoints, advance, blame)
     callbacks = (report, *callbacks)
     steps = range(first_step + 1, config.train.num_steps + 1)
     for moment in _steps(setup, state, batches, steps, writer):
@@ -107,6 +119,7 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
             with clock.stopped(state):
                 scores = [callback.on_due(moment) for callback in due]
                 if saving:
+                    lock.check()
                     score = next(filter(None, reversed(scores)), None)
                     facts = setup.source.facts()
                     checkpoints.save(state, step, config, batches.state, score, facts)
@@ -151,6 +164,18 @@ def _announce(params: Params, first_step: int, num_steps: int) -> None:
         log.info("continuing from step %d", first_step)
     if first_step > num_steps:
         log.warning("nothing to train: config.train.num_steps is %d", num_steps)
+
+
+def _record_changes(setup: Setup, step: int) -> None:
+    """Says, and keeps in the workdir, what a run continues differently from here on."""
+    log.info("from step %d on: %s", step, "; ".join(setup.changes))
+    if not is_primary():
+        return
+    path = setup.workdir / CHANGES
+    before = json.loads(path.read_text()) if path.exists() else []
+    with write_atomically(path) as partial:
+        entry = {"step": step, "changes": list(setup.changes)}
+        partial.write_text(json.dumps([*before, entry], indent=1) + "\n")
 
 
 def _flat(config: ConfigDict) -> dict[str, Any]:

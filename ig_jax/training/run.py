@@ -45,7 +45,7 @@ def train(config: ConfigDict, workdir: str, evaluations: Evaluations | None = No
 
     Raises:
         InputError: a config, data set or workdir that does not fit, before anything is written.
-        NotFiniteError: the loss is no longer finite (the last good checkpoint is kept).
+        NotFiniteError: a step was not finite (it is not saved; the last checkpoint is whole).
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
     setup = Setup.from_config(config, workdir)

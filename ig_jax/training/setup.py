@@ -57,6 +57,7 @@ def step_options(config: ConfigDict, null_label: int, source: DataSource) -> sta
         accumulate=config.train.accumulate,
         shift=source.shift,
         scale=source.scale,
+        skip_not_finite=config.train.not_finite == "skip",
     )
 
 
@@ -116,6 +117,17 @@ def open_batches(
     return pipeline.DevicePrefetch(iterator, sharding.batch_sharding(mesh))
 
 
+def blame(config: ConfigDict, source: DataSource, step: int) -> str:
+    """Names the first example of a step's batch that is not finite; empty if all are."""
+    return pipeline.first_not_finite(
+        source.train,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        flip=config.data.flip,
+        step=step,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A run in a workdir, checked against what is there and ready to start.
@@ -125,12 +137,14 @@ class Setup:
         source: its data set.
         programs: what runs on the devices.
         workdir: where checkpoints, logs and pictures go.
+        changes: lines on how the config differs from that of the checkpoints there, if it may.
     """
 
     experiment: Experiment
     source: DataSource
     programs: Programs
     workdir: epath.Path
+    changes: tuple[str, ...] = ()
 
     @classmethod
     def from_config(cls, config: ConfigDict, workdir: epath.PathLike) -> Setup:
@@ -139,9 +153,9 @@ class Setup:
         experiment = Experiment.from_config(config)
         source = experiment.open_data()
         workdir = resolve(workdir)
-        _check_workdir(experiment, workdir)
+        changes = _check_workdir(experiment, workdir)
         open_batches(config, source, experiment.mesh).close()  # that they can be read
-        return cls(experiment, source, make_programs(experiment, source), workdir)
+        return cls(experiment, source, make_programs(experiment, source), workdir, changes)
 
     @property
     def config(self) -> ConfigDict:
@@ -159,16 +173,19 @@ class Setup:
         return state, None
 
 
-def _check_workdir(experiment: Experiment, workdir: epath.Path) -> None:
-    """Refuses a workdir whose checkpoints another config made."""
+def _check_workdir(experiment: Experiment, workdir: epath.Path) -> tuple[str, ...]:
+    """Refuses a workdir whose checkpoints another config made; returns the changes allowed."""
     config = experiment.config
     if not (workdir / FOLDER).exists():
         if config.train.init_from:
             initial_network(experiment)
-        return
+        return ()
     saved = resumed_config(workdir)
-    if saved is not None and (lines := config_lib.differences(config, saved)):
+    if saved is None:
+        return ()
+    if lines := config_lib.differences(config, saved):
         raise InputError(f"{workdir} holds checkpoints of another config: {'; '.join(lines)}")
+    return tuple(config_lib.allowed_changes(config, saved))
 
 
 def initial_network(experiment: Experiment) -> Experiment:

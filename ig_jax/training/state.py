@@ -38,13 +38,24 @@ class TrainState:
 
 @flax.struct.dataclass
 class StepMetrics:
-    """Scalars of one step: batch means of each loss, and the gradient norm before the clip."""
+    """Scalars of one step: batch means of each loss, and the gradient norm before the clip.
+
+    `bad_parameter` tells which of the updated parameters, in their tree's order, is the first with
+    a value that is not finite; −1 if all are finite.
+    """
 
     loss: jax.Array
     loss_final: jax.Array
     loss_auxiliary: jax.Array
     loss_cosine: jax.Array
     gradient_norm: jax.Array
+    bad_parameter: jax.Array
+
+    @property
+    def healthy(self) -> jax.Array:
+        """Whether all that the step computed is finite: loss, gradient and parameters."""
+        finite = jnp.isfinite(self.loss) & jnp.isfinite(self.gradient_norm)
+        return finite & (self.bad_parameter < 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +68,7 @@ class StepOptions:
         ema_decay: EMA decay per step.
         accumulate: microbatches a batch is split into, to save memory.
         shift, scale: normalisation of latents, per channel.
+        skip_not_finite: whether a step that is not `healthy` changes nothing but its number.
     """
 
     loss: loss_lib.LossOptions
@@ -65,6 +77,7 @@ class StepOptions:
     accumulate: int
     shift: Any
     scale: Any
+    skip_not_finite: bool = False
 
 
 def create(params: Params, transform: optax.GradientTransformation) -> TrainState:
@@ -135,6 +148,11 @@ def make_gradient(
     return accumulated if parts > 1 else gradient
 
 
+def _first_not_finite(params: Params) -> jax.Array:
+    bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])
+    return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
+
+
 def make_train_step(
     bind: Callable[[Params], Network],
     transform: optax.GradientTransformation,
@@ -166,8 +184,13 @@ def make_train_step(
             loss_auxiliary=means.auxiliary,
             loss_cosine=means.cosine,
             gradient_norm=norm(grads),
+            bad_parameter=_first_not_finite(params),
         )
         ema = optimizer_lib.ema_update(state.ema, params, options.ema_decay)
-        return TrainState(state.step + 1, params, ema, optimizer), metrics
+        new = TrainState(state.step + 1, params, ema, optimizer)
+        if options.skip_not_finite:
+            kept = state.replace(step=new.step)
+            new = jax.tree.map(lambda a, b: jnp.where(metrics.healthy, a, b), new, kept)
+        return new, metrics
 
     return step

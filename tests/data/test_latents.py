@@ -468,3 +468,98 @@ def test_every_imagenet_class_is_found_by_its_whole_name():
     assert latents.resolve_classes(together, names) == (0, 5, 2, 474)
     with pytest.raises(InputError, match=r"'panda' is 387 \(lesser panda.*\) or 388 \(giant pand"):
         latents.resolve_classes("panda", names)
+
+
+@pytest.mark.parametrize("label", [2**32, 2**31, 10**12, 1.7, float("nan"), float("inf"), True])
+def test_labels_are_whole_numbers_of_32_bits(root, tmp_path, label):
+    path = tmp_path / "npy"
+    shutil.copytree(root / "plain" / "npy", path)
+    where = path / "vae-sd" / "dataset.json"
+    labels = json.loads(where.read_text())["labels"]
+    where.write_text(json.dumps({"labels": [[labels[0][0], label], *labels[1:]]}))
+    with pytest.raises(InputError, match="dataset.json: found other entries than expected"):
+        latents.open_latents(str(path))
+
+
+@pytest.mark.parametrize(
+    "dtype,label", [(np.int64, 2**32), (np.float32, 1.7), (np.float32, np.nan)]
+)
+def test_labels_of_tensors_are_whole_numbers_of_32_bits(tmp_path, dtype, label):
+    tensors = {"latents": np.zeros((2, 4, 2, 2), np.float32), "labels": np.array([0, 1], dtype)}
+    file = tmp_path / "latents_rank00_shard000.safetensors"
+    file.write_bytes(safetensors.numpy.save(tensors))
+    labels = [
+        example["label"]
+        for example in map(latents.open_latents(str(tmp_path)).train.__getitem__, (0, 1))
+    ]
+    assert labels == [0, 1]
+    tensors["labels"][1] = label
+    file.write_bytes(safetensors.numpy.save(tensors))
+    with pytest.raises(InputError, match="shard000.safetensors: found label .*expected whole"):
+        latents.open_latents(str(tmp_path))
+
+
+def test_a_std_below_zero_is_refused(root, tmp_path):
+    path = tmp_path / "npy"
+    shutil.copytree(root / "plain" / "npy", path)
+    file = path / "vae-sd" / "00000" / "img-latents-00000000.npy"
+    for value in (-0.5, np.nan):
+        moments = np.load(file)
+        moments[-1, 0, 0] = value
+        np.save(file, moments)
+        with pytest.raises(InputError, match=f"00000000.npy: found a std of {value}"):
+            latents.open_latents(str(path))
+
+
+@pytest.mark.parametrize("offsets", [[-64, 64], [0, 64], [64, 192], [128, 0], "0", None])
+def test_offsets_that_are_not_the_tensors_own_are_refused(tmp_path, offsets):
+    content = safetensors.numpy.save({"latents": np.zeros((2, 4, 2, 2), np.float32)})
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header["latents"]["data_offsets"] = offsets
+    text = json.dumps(header).encode().ljust(length)
+    file = tmp_path / "latents_rank00_shard000.safetensors"
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+    with pytest.raises(InputError, match="shard000.safetensors: (not a safetensors|truncated)"):
+        latents.open_latents(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["../x.arrayrecord", "/etc/passwd", "a/../../x", "..", "."])
+def test_an_index_cannot_lead_outside_its_folder(root, tmp_path, name):
+    path = tmp_path / "ours"
+    shutil.copytree(root / "plain" / "ours", path)
+    index = json.loads((path / "index.json").read_text())
+    index["shards"][1]["file"] = name
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="index.json: names the shard .*a file of this folder"):
+        latents.open_latents(str(path))
+
+
+def test_a_flipped_bit_of_a_shard_is_noticed(root, tmp_path):
+    """ArrayRecord's own hashes find it, at the first use of the record: nothing is read twice."""
+    path = tmp_path / "ours"
+    shutil.copytree(root / "plain" / "ours", path)
+    index = shards.read_index(str(path))
+    file = path / index["shards"][1]["file"]
+    content = file.read_bytes()
+
+    def read():
+        source = shards.ShardSource(str(path), index, index["shards"])
+        return [
+            shards.encode_record(e["label"], [e["mean"], e["std"]])
+            for e in map(source.__getitem__, range(len(source)))
+        ]
+
+    good, noticed = read(), 0
+    rng = np.random.default_rng(0)
+    used = np.flatnonzero(np.frombuffer(content, np.uint8))  # the rest is filling
+    for position in rng.choice(used, 60, replace=False):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        try:
+            assert read() == good
+        except InputError as error:
+            assert str(file) in str(error)
+            noticed += 1
+    assert noticed > 50

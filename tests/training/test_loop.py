@@ -237,16 +237,126 @@ def poisoned_at(number):
     return wrap
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_its_advice_works(tmp_path):
     config = tiny_config(num_steps=9)
     setup = with_step(Setup.from_config(config, tmp_path), poisoned_at(5))
-    message = "the loss is not finite at step 5: training stopped.*the last good checkpoint in"
+    message = (
+        r"^the loss is not finite at step 5, nor is \w+(\.\w+)+: training stopped; checkpoint 3 in"
+    )
     with pytest.raises(NotFiniteError, match=message) as caught:
         loop.train(setup)
     assert not isinstance(caught.value, InputError)  # nobody typed anything wrong
     assert Checkpoints(str(tmp_path), read_only=True).steps() == [3]
     leaves = jax.tree.leaves(weights(tmp_path, config))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert "--config.train.allow_changes=optimizer" in str(caught.value)
+    config.optimizer.learning_rate /= 2
+    with pytest.raises(InputError, match="config.optimizer.learning_rate is 0.0005"):
+        run.train(config, str(tmp_path))
+    config.train.allow_changes = "optimizer"
+    run.train(config, str(tmp_path))
+    kept = json.loads((tmp_path / loop.CHANGES).read_text())
+    line = "config.optimizer.learning_rate is 0.0005, the checkpoint has 0.001"
+    assert kept == [{"step": 3, "changes": [line]}]
+    assert saved_config(str(tmp_path)).optimizer.learning_rate == 0.0005
+
+
+def test_no_state_that_is_not_finite_is_saved_even_before_its_loss_shows_it(tmp_path):
+    """An update that overflows while loss and gradient are fine, saved at every step."""
+    config = tiny_config(checkpoint_every=1, validate_every=0)
+    config.optimizer.learning_rate = 3e38
+    config.optimizer.clip_norm = 0.0
+    setup = Setup.from_config(config, tmp_path)
+    with pytest.raises(NotFiniteError, match="the (update|gradient|loss) is not finite at step"):
+        loop.train(setup)
+    for step in Checkpoints(tmp_path, read_only=True).steps():
+        for ema in (True, False):
+            leaves = jax.tree.leaves(weights(tmp_path, config, step, ema))
+            assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_updates_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path, caplog, monkeypatch):
+    config = tiny_config(not_finite="skip", log_every=3, validate_every=0)
+    setup = with_step(Setup.from_config(config, tmp_path), poisoned_at(2))
+    written = []
+    monkeypatch.setattr(
+        async_writer.AsyncMultiWriter, "write_scalars", lambda self, *row: written.append(row)
+    )
+    with caplog.at_level("WARNING", "ig_jax"):
+        loop.train(setup)
+    assert [(step, v["skipped_updates"]) for step, v in written] == [(3, 1), (6, 0)]
+    assert all(np.isfinite(v["loss"]) for _, v in written)
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "ig_jax")
+    assert line.startswith("the loss is not finite at step 2, nor is") and "1 updates" in line
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(tmp_path, config)))
+
+
+def test_a_run_all_of_whose_updates_are_skipped_stops(tmp_path):
+    config = tiny_config(num_steps=10, log_every=10, validate_every=0, not_finite="skip")
+
+    def always(step):
+        return lambda state, batch, key: step(state, batch | {"x": batch["x"] * np.nan}, key)
+
+    with pytest.raises(NotFiniteError, match="the loss is not finite at step 10"):
+        loop.train(with_step(Setup.from_config(config, tmp_path), always))
+
+
+def test_a_spike_of_the_loss_is_warned_of(tmp_path, caplog):
+    def spiking(step):
+        taken = itertools.count(1)
+
+        def spiked(state, batch, key):
+            state, metrics = step(state, batch, key)
+            factor = 10.0 if next(taken) == 5 else 1.0
+            return state, metrics.replace(loss=metrics.loss * factor)
+
+        return spiked
+
+    config = tiny_config(validate_every=0)
+    with caplog.at_level("WARNING", "ig_jax"):
+        loop.train(with_step(Setup.from_config(config, tmp_path), spiking))
+    (line,) = (r.getMessage() for r in caplog.records if r.name == "ig_jax")
+    assert line.startswith("loss spike before step 6: ")
+
+
+class Files:
+    """A source of files, of which one may be damaged."""
+
+    def __init__(self, source, damaged=None):
+        self.source, self.damaged = source, damaged
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        example = self.source[i]
+        return example | {"x": example["x"] * np.float32(np.nan if i == self.damaged else 1)}
+
+    def where(self, i):
+        return f"file-{i}.npy"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_an_example_that_is_not_finite_is_named(in_memory, tmp_path):
+    """Where the data is at fault, the line says which example it is."""
+    setup = Setup.from_config(tiny_config(num_steps=4, checkpoint_every=9), tmp_path)
+    arrays = setup.source.train
+    whole = dataclasses.replace(setup.source, train=arrays if in_memory else Files(arrays))
+    batches = setup_lib.open_batches(setup.config, whole, setup.experiment.mesh)
+    seen = [next(batches)["x"] for _ in range(3)][2]
+    batches.close()
+    index = int(np.flatnonzero((arrays.x == np.asarray(seen)[7]).all((1, 2, 3)))[0])
+    file = "" if in_memory else f", file-{index}.npy"
+    damaged = Files(arrays, index)
+    if in_memory:
+        x = arrays.x.copy()
+        x[index] = np.nan
+        damaged = dataclasses.replace(arrays, x=x)
+    source = dataclasses.replace(setup.source, train=damaged)
+    with pytest.raises(NotFiniteError) as caught:
+        loop.train(dataclasses.replace(setup, source=source))
+    expected = f"(x of example {index}{file} is not finite in the data)"
+    assert "at step 3" in str(caught.value) and expected in str(caught.value)
 
 
 class Raising(Callback):
