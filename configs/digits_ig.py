@@ -28,7 +28,7 @@ def get_config():
         checkpoint_every=500,
     )
     config.guidance.ig_scale = 1.5
-    config.sampler.update(name="heun", num_steps=16, num_samples=100, batch_size=256)
+    config.sampler.update(name="heun", num_steps=16, num_samples=100, batch_size=64)
     # The real digits are balanced; random labels would add their own noise to the distances.
     config.sampler.labels = "balanced"
     config.evaluation.update(
