@@ -237,6 +237,9 @@ OTHERS = {
     "sweep.cfg_rules": ("zero_star",),
     "sweep.cfg_schedules": ("ramp",),
     "sweep.metric": "label_accuracy",
+    "ablation.questions": ({"name": "which"},),
+    "ablation.trainings": ({"name": "other"},),
+    "ablation.fast": (1, 2, 3),
 }
 # Taken from a workdir: the first is recorded by the hash of its weights, the other is training's.
 WORKDIRS = ("guidance.weak", "train.init_from")

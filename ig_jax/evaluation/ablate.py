@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -231,16 +230,6 @@ class Laboratory:
         return answers.Answer.of(question, values, self.metrics)
 
 
-def share_compiled(workdir: str) -> None:
-    """Compiles what seeds and later runs have in common but once, unless a cache is set up."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(resolve(workdir) / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-        compilation_cache.reset_cache()
-
-
 # Fields that count steps of training.
 _STEPS = (
     "train.num_steps",
@@ -286,7 +275,6 @@ def run(config: ConfigDict, workdir: str) -> str:
     what `training.run.train` raises.
     """
     laboratory = Laboratory(config, workdir)
-    share_compiled(workdir)
     found: list[answers.Answer] = []
     for question in laboratory.questions:
         found.append(laboratory.answer(question))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,11 @@ from ig_jax.evaluation.questions import Question, Values, Verdict, front, judge
 from ig_jax.paths import resolve
 
 # Readable on white and on black; the figures' own background is white.
-_GREY, _COLOURS = "#94a3b8", ("#1d4ed8", "#c2410c", "#047857", "#7e22ce", "#0891b2", "#be185d")
-_WORDS = {"held": "#047857", "not held": "#c2410c", "undecided": "#64748b"}
+_GREY = "#94a3b8"
+_COLOURS = (
+    *("#64748b", "#1d4ed8", "#c2410c", "#d97706", "#047857"),
+    *("#65a30d", "#7e22ce", "#be185d", "#0891b2", "#78350f"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +82,11 @@ def spread(name: str, values: np.ndarray | None) -> str:
     """Mean ± standard deviation over seeds of a metric's values, as its row formats them."""
     if values is None:
         return ""
-    text = f"{np.mean(values):{METRICS[name].format}}"
+    shape = METRICS[name].format
+    text = f"{np.mean(values):{shape}}"
     if len(values) == 1:
         return text
-    return f"{text} ± {np.std(values, ddof=1):{METRICS[name].format}}"
+    return f"{text} ± {np.std(values, ddof=1):{'.2g' if shape.endswith('g') else shape}}"
 
 
 def statement(verdict: Verdict) -> str:
@@ -174,22 +179,24 @@ def plot(answers: Sequence[Answer]) -> Any:
     """All questions in one figure, a panel each: every arm's value with its spread over seeds."""
     columns = min(3, len(answers))
     rows = -(-len(answers) // columns)
-    tallest = max(len(answer.question.arms) for answer in answers)
-    figure = pictures.make_figure(4.9 * columns, rows * (0.9 + 0.2 * tallest))
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    arms = [len(answer.question.arms) for answer in answers]
+    heights = [max(arms[i * columns : (i + 1) * columns]) + 4 for i in range(rows)]
+    figure = pictures.make_figure(4.9 * columns, 0.2 * sum(heights))
+    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
     for axes, answer in zip(panels, answers, strict=False):
         name = answer.metrics[0]
         found = [answer.values[arm.name].metrics[name] for arm in answer.question.arms]
         at = np.arange(len(found))
         best = int(np.argmax([METRICS[name].better * v.mean() for v in found]))
         for y, values in zip(at, found, strict=True):
-            colour = _COLOURS[0] if y == best else _GREY
+            colour = _COLOURS[1] if y == best else _GREY
             error = values.std(ddof=1) if len(values) > 1 else 0.0
             axes.errorbar(values.mean(), y, xerr=error, fmt="o", color=colour, ms=5, lw=1.5)
             axes.plot(values, np.full(len(values), y), "|", color=colour, ms=6)
         axes.set_yticks(at, [arm.name for arm in answer.question.arms], fontsize=8)
         axes.invert_yaxis()
-        axes.set_title(answer.question.asks, fontsize=9, fontweight="bold", loc="left")
+        title = textwrap.fill(answer.question.asks, 48)
+        axes.set_title(title, fontsize=9, fontweight="bold", loc="left")
         axes.set_xlabel(f"{METRICS[name].title}, {answer.seeds} seeds", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
     for axes in panels[len(answers) :]:
@@ -215,10 +222,13 @@ def plot_cost(answers: Sequence[Answer]) -> Any:
         x = [v.cost.mean() for v in line]
         y = np.array([v.metrics[name].mean() for v in line])
         error = [v.metrics[name].std(ddof=1) if len(v.cost) > 1 else 0 for v in line]
-        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "osD^vP"[i // len(_COLOURS)]}
+        style = {"color": _COLOURS[i % len(_COLOURS)], "marker": "osD^vP"[i % 6]}
         axes.errorbar(x, y, yerr=error, label=title, lw=1.3, ms=5, capsize=2, **style)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        for set_formatter in (axis.set_major_formatter, axis.set_minor_formatter):
+            set_formatter(lambda value, position: f"{value:g}")
     better = "higher" if METRICS[name].better > 0 else "lower"
     axes.set_ylabel(f"{METRICS[name].title} ({better} is better)")
     axes.set_xlabel("forward passes of the whole network per sample")

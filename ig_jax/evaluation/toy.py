@@ -18,7 +18,7 @@ from ig_jax import pictures
 from ig_jax.data import toy2d
 from ig_jax.errors import InputError
 from ig_jax.evaluation import answers, metrics
-from ig_jax.evaluation.ablate import Drawing, Laboratory, share_compiled
+from ig_jax.evaluation.ablate import Drawing, Laboratory
 from ig_jax.evaluation.extractors import TreeExtractor
 from ig_jax.evaluation.questions import Values
 from ig_jax.parallel.processes import is_primary
@@ -88,7 +88,6 @@ def run(config: ConfigDict, workdir: str) -> str:
             raise InputError(
                 f"config.ablation.questions[0] has no arm {name!r}: --mode=toy needs it"
             )
-    share_compiled(workdir)
     answer = laboratory.answer(laboratory.questions[0])
     data = of_data(config.evaluation.num_samples, laboratory.seeds)
     if is_primary():
