@@ -62,3 +62,11 @@ def _free_programs():
 
     jax.clear_caches()
     gc.collect()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Harnesses say how many cases they tried (`record_property("tried", …)`)."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties:
+            if name == "tried":
+                terminalreporter.write_line(value)
