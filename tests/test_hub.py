@@ -83,6 +83,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
                 ]
             ).encode()
             headers = {"Content-Type": "application/json"}
+        elif path.endswith("/revision/main"):  # older clients ask how the repository stores files
+            content = json.dumps({"id": path, "sha": COMMIT, "xetEnabled": False}).encode()
+            headers = {"Content-Type": "application/json"}
         else:
             repository, _, name = path[1:].partition("/resolve/main/")
             content = files_.get((repository, name))

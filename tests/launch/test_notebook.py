@@ -1,11 +1,23 @@
 """The notebook from top to bottom: trained on digits in a real kernel, and with published weights
-(small random ones in their place) in this process."""
+(small random ones in their place) in this process.
+
+As a program, `python tests/launch/test_notebook.py`, it runs the whole of it on the digits, some
+minutes, and saves the outputs, which GitHub shows.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.util
+import io
 import os
 import pathlib
+import shutil
+import subprocess
 import sys
+import tempfile
+import tomllib
 
 import jax
 import matplotlib
@@ -13,6 +25,7 @@ import nbformat
 import pytest
 from matplotlib import pyplot as plt
 from nbclient import NotebookClient
+from PIL import Image
 
 import ig_jax
 from ig_jax import hub
@@ -32,11 +45,61 @@ def code(notebook):
     return {cell.id: cell for cell in notebook.cells if cell.cell_type == "code"}
 
 
-def test_committed_without_outputs(notebook):
+def fingerprint(notebook):
+    """Of all code: outputs are of the code that they were saved with."""
+    return hashlib.sha256("".join(c.source for c in code(notebook).values()).encode()).hexdigest()
+
+
+def test_committed_with_the_outputs_of_its_code(notebook):
     nbformat.validate(notebook)
-    for cell in code(notebook).values():
-        assert cell.outputs == [] and cell.execution_count is None, cell.id
-    assert notebook.cells[-1].cell_type == "markdown" and "own data" in notebook.cells[-1].source
+    assert notebook.metadata["executed"] == fingerprint(notebook), f"run python {__file__}"
+    cells = code(notebook)
+    assert [c.execution_count for c in cells.values()] == list(range(1, len(cells) + 1))
+    for name in PICTURES:
+        assert any("image/png" in output.get("data", {}) for output in cells[name].outputs), name
+    assert "[1000] " in "".join(output.get("text", "") for output in cells["train"].outputs)
+    assert NOTEBOOK.stat().st_size < 1_000_000
+    assert str(ROOT) not in NOTEBOOK.read_text()
+
+
+def test_the_badge_opens_this_notebook(notebook):
+    """In Colab: by its address, once the project has one."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    address = project.get("urls", {}).get("Repository", "").removeprefix("https://github.com/")
+    path = f"{address}/blob/main/launch/{NOTEBOOK.name}" if address else ""
+    badge = "https://colab.research.google.com/assets/colab-badge.svg"
+    link = f"https://colab.research.google.com/github/{path}"
+    assert f"[![Open in Colab]({badge})]({link})" in notebook.cells[0].source
+
+
+@pytest.mark.parametrize(
+    ("package", "expected"),
+    [
+        ("", f"{ROOT.as_uri()}"),
+        ("{wheel}", "file://{wheel}"),
+        ("git+https://github.com/a/ig_jax", "git+https://github.com/a/ig_jax"),
+        ("/nowhere.whl", None),
+    ],
+)
+def test_installs_what_a_constant_names(notebook, package, expected, tmp_path, monkeypatch):
+    wheel = tmp_path / "ig_jax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    source = code(notebook)["install"].source
+    assert source.count('\nPACKAGE = ""\n') == 1
+    source = source.replace('PACKAGE = ""', f"PACKAGE = {package.format(wheel=wheel)!r}")
+    monkeypatch.chdir(ROOT / "launch")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    called = []
+    monkeypatch.setattr(subprocess, "run", lambda words, check: called.append(words))
+    if expected is None:
+        with pytest.raises(RuntimeError, match="/nowhere.whl is no wheel and no checkout"):
+            exec(source, {})
+        return
+    exec(source, {})
+    [[*pip, target]] = called
+    assert pip == [sys.executable, "-m", "pip", "install", "-q"]
+    assert target == f"ig_jax[hub,convert,cuda] @ {expected.format(wheel=wheel)}"
 
 
 def test_its_commands_exist(notebook):
@@ -44,6 +107,7 @@ def test_its_commands_exist(notebook):
     from ig_jax import main
 
     text = notebook.cells[-1].source
+    assert "own data" in text and "--config.data.num_validation=0" in text
     for word in text.split():
         if word.startswith("--config=configs/"):
             assert (ROOT / word.removeprefix("--config=")).exists(), word
@@ -51,18 +115,21 @@ def test_its_commands_exist(notebook):
             assert word.removeprefix("--mode=") in main.MODES, word
 
 
-def test_digits_in_a_kernel(notebook, tmp_path):
-    environment = os.environ | {
+def execute(notebook, folder, timeout=300, **environment):
+    """Runs all cells in a kernel of their own, on the digits."""
+    environment |= {
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": "",
-        "TMPDIR": str(tmp_path),
-        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "IPYTHONDIR": str(folder / "ipython"),
         "IG_JAX_NOTEBOOK_SOURCE": "digits",
-        "IG_JAX_NOTEBOOK_STEPS": "3",
     }
-    resources = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources)
-    client.execute(env=environment)
+    resources = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources=resources)
+    client.execute(env=os.environ | environment)
+
+
+def test_digits_in_a_kernel(notebook, tmp_path):
+    execute(notebook, tmp_path, TMPDIR=str(tmp_path), IG_JAX_NOTEBOOK_STEPS="3")
     cells = code(notebook)
     assert all(cell.execution_count for cell in cells.values())
     for name in PICTURES:
@@ -124,3 +191,34 @@ def test_no_weights_no_network_means_digits(notebook, monkeypatch, capsys):
     monkeypatch.setenv("IG_JAX_NOTEBOOK_SOURCE", "hub")
     with pytest.raises(ig_jax.InputError, match="no network"):
         exec(code(notebook)["source"].source, names)
+
+
+def smaller(png):
+    """A picture in base64 with fewer pixels, so that the file stays small."""
+    picture = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    size = [round(0.65 * side) for side in picture.size]
+    packed = io.BytesIO()
+    picture.resize(size, Image.Resampling.LANCZOS).save(packed, "png", optimize=True)
+    return base64.b64encode(packed.getvalue()).decode()
+
+
+def main():
+    """Saves the notebook with the outputs of a whole run."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    with tempfile.TemporaryDirectory() as folder:
+        execute(notebook, pathlib.Path(folder), timeout=3600)
+    for cell in code(notebook).values():
+        cell.metadata.pop("execution", None)  # times
+        # Sliders need a kernel behind them.
+        widget = "application/vnd.jupyter.widget-view+json"
+        cell.outputs = [o for o in cell.outputs if widget not in o.get("data", {})]
+        for output in cell.outputs:
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
+    notebook.metadata.pop("widgets", None)
+    notebook.metadata["executed"] = fingerprint(notebook)
+    nbformat.write(notebook, NOTEBOOK)
+
+
+if __name__ == "__main__":
+    main()
