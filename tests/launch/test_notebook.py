@@ -135,7 +135,7 @@ def test_digits_in_a_kernel(notebook, tmp_path):
     for name in PICTURES:
         assert any("image/png" in output.get("data", {}) for output in cells[name].outputs), name
     text = "".join(output.get("text", "") for output in cells["train"].outputs)
-    assert "[3] " in text and "loss=" in text and "trained model: " in text
+    assert "trained model: " in text
     errors = [o for cell in cells.values() for o in cell.outputs if o.get("name") == "stderr"]
     assert not errors, errors
 
