@@ -165,11 +165,7 @@ class DiT(Trunk):
         )
         convolution = (spec.patch_size, spec.patch_size, spec.channels, spec.width)
         declare(self.patch_embed.kernel, unflattened=convolution)
-        self.time_embed = layers.TimeEmbedding(spec.width, rngs=rngs)
-        self.label_embed = nnx.Embed(
-            spec.num_classes + 1, spec.width, embedding_init=layers.normal(0.02), rngs=rngs
-        )
-        declare(self.label_embed, table=True)
+        self.add_conditioning(rngs)
         # A parameter that gets no gradient: published LightningDiT checkpoints carry a table that
         # weight decay has shrunk, so it must be stored with the weights rather than recomputed.
         side = spec.input_size // spec.patch_size
@@ -221,7 +217,7 @@ class DiT(Trunk):
             raise InputError(
                 f"input has shape {x.shape[1:]}: this model expects {spec.shape} (HWC)"
             )
-        c = self.time_embed(t) + self.label_embed(y)
+        c = self.condition(t, y)
         tokens = self.patch_embed(layers.patchify(x, spec.patch_size)).astype(jnp.float32)
         tokens = tokens + jax.lax.stop_gradient(self.position[...])
         tables = None

@@ -11,7 +11,7 @@ from flax import nnx
 
 from ig_jax.errors import InputError
 from ig_jax.models import layers
-from ig_jax.models.network import Heads, declare
+from ig_jax.models.network import Heads
 from ig_jax.models.trunk import Gather, Trunk, TrunkSpec, whole
 
 # Octaves of the sines that the embedding sees beside the vector itself: without them, and as layer
@@ -104,11 +104,7 @@ class MLP(Trunk):
             dtype=dtype,
             rngs=rngs,
         )
-        self.time_embed = layers.TimeEmbedding(width, rngs=rngs)
-        self.label_embed = nnx.Embed(
-            spec.num_classes + 1, width, embedding_init=layers.normal(0.02), rngs=rngs
-        )
-        declare(self.label_embed, table=True)
+        self.add_conditioning(rngs)
         self.add_stacks(lambda rngs: Block(width, dtype=dtype, rngs=rngs), rngs)
         self.add_auxiliary_heads(rngs)
         self.final_head = self.make_auxiliary_head(rngs)
@@ -137,7 +133,7 @@ class MLP(Trunk):
             raise InputError(
                 f"input has shape {x.shape[1:]}: this model expects {self.spec.shape} (vectors)"
             )
-        c = self.time_embed(t) + self.label_embed(y)
+        c = self.condition(t, y)
         angles = x[..., None] * (jnp.pi * 2.0 ** jnp.arange(-1, _OCTAVES - 1))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         seen = jnp.concatenate([x, *jnp.moveaxis(waves, -1, 0)], axis=-1)

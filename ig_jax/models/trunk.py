@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ig_jax.errors import InputError
-from ig_jax.models import functional
+from ig_jax.models import functional, layers
 from ig_jax.models.functional import Params
 from ig_jax.models.network import Spec, declare
 
@@ -94,6 +94,19 @@ class Trunk(nnx.Module):
         self.remat = remat
         # What a converted checkpoint held beside parameters, for the way back; static.
         self.carried: tuple[Any, ...] = ()
+
+    def add_conditioning(self, rngs: nnx.Rngs) -> None:
+        """Makes the embeddings of times and labels."""
+        spec = self.spec
+        self.time_embed = layers.TimeEmbedding(spec.width, rngs=rngs)
+        self.label_embed = nnx.Embed(
+            spec.num_classes + 1, spec.width, embedding_init=layers.normal(0.02), rngs=rngs
+        )
+        declare(self.label_embed, table=True)
+
+    def condition(self, t: jax.Array, y: jax.Array) -> jax.Array:
+        """What every block and head is conditioned on, (B, D), from times (B,) and labels (B,)."""
+        return self.time_embed(t) + self.label_embed(y)
 
     def add_stacks(self, make_block: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs) -> None:
         """Makes the stacks: modules of one block whose parameters have a leading layer axis."""
