@@ -55,7 +55,7 @@ def test_two_processes_learn_draw_and_restore_what_one_does(tmp_path):
     one = meshes.train_and_draw(config, sharding.make_mesh(devices=jax.devices()[:1]))
     saved = meshes.train_and_draw(config, sharding.make_mesh(1, 8)).state
     checkpoints = Checkpoints(str(tmp_path))
-    checkpoints.save(saved, meshes.STEPS, config, {})
+    checkpoints.save(saved, meshes.STEPS, config, {"step": meshes.STEPS})
     checkpoints.close()
     port, output = free_port(), tmp_path / "result"
     logs = [tmp_path / f"log{i}" for i in range(2)]

@@ -255,7 +255,7 @@ def saved(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("saved")
     checkpoints = Checkpoints(str(workdir))
     config = meshes.wide_config()
-    checkpoints.save(trained(4, 2).state, meshes.STEPS, config, {})
+    checkpoints.save(trained(4, 2).state, meshes.STEPS, config, {"step": meshes.STEPS})
     checkpoints.close()
     return workdir
 
