@@ -128,6 +128,24 @@ _INTERVAL = {
     ),
 }
 
+# A second look, asked after the answer to the first one was known.
+_INTERVAL_MOVED = {
+    "name": "interval_moved",
+    "asks": "The interval [0.3, 1] of 4,096 dimensions is about [0.05, 1] of 64: better (w = 2)?",
+    "arms": tuple(
+        {
+            "name": f"[{low:g}, 1]",
+            "guidance.ig_scale": 2.0,
+            "guidance.ig_interval": (low, 1.0),
+        }
+        for low in (0.0, 0.05, 0.1, 0.3)
+    ),
+    "expect": (
+        _expect("[0.05, 1]", "[0, 1]", 0.0, "RAEv2 shifts times by the root of the dimensions"),
+        _expect("[0.05, 1]", "[0.3, 1]", 0.0, "RAEv2 shifts times by the root of the dimensions"),
+    ),
+}
+
 _TARGET = {
     "name": "target",
     "asks": "Guidance in the training target (ω = 0.3), in place of sampling or with it?",
@@ -333,6 +351,7 @@ QUESTIONS = (
     _COST,
     _SHALLOW_QUESTION,
     _INTERVAL,
+    _INTERVAL_MOVED,
     _DEPTH,
     _APART,
     _TARGET,

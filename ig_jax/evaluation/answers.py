@@ -236,5 +236,5 @@ def plot_cost(answers: Sequence[Answer]) -> Any:
         f"thick: the front; bars: standard deviation of {answers[0].seeds} seeds", size=9
     )
     axes.grid(which="both", alpha=0.25)
-    axes.legend(fontsize=8, frameon=False, ncols=2)
+    axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
