@@ -52,7 +52,9 @@ def write(folder: epath.Path, step: int) -> None:
 def check(
     folder: epath.Path, items: Collection[str], *, content: bool = True, shared: bool = False
 ) -> bool:
-    """Compares items of a checkpoint with its manifest; without one, a line says that it cannot.
+    """Compares items of a checkpoint with its manifest.
+
+    Where there is none, a line says so when weights are read.
 
     Args:
         folder: of the checkpoint, named after its step.
@@ -67,7 +69,8 @@ def check(
         UntrustedError: something differs, on any process.
     """
     if not (folder / FILE).exists():
-        _warn(folder)
+        if shared and jax.process_index() == 0:
+            _warn(folder)
         return False
     expected = _read(folder)
     names = sorted(name for name in expected if name.partition("/")[0] in items)
