@@ -244,7 +244,7 @@ def cases(config: ConfigDict) -> Iterator[Case]:
     heads = len(experiment.spec.auxiliary_depths)
     if heads:
         plain = fit.changed(config, {"model.auxiliary_depth": 0, "guidance.ig_scale": 1.0})
-        yield _train_case("train step without auxiliary head", plain)
+        yield _train_case("train step, no head", plain)
     engine = dataclasses.replace(make_engine(experiment), weaker=None)
     ig, cfg = ({"ig_scale": _IG} if heads else {}), {"cfg_scale": _CFG}
     wanted = {"no guidance": {}, "IG": ig}
@@ -358,8 +358,8 @@ def run(config: ConfigDict, workdir: str, sweep: bool = False) -> str:
     }
     said = [f"MFU product: of {ceiling / 1e12:.3g} TFLOP/s, a measured {about}"]
     said += [f"MFU sheet: of {peak / 1e12:.4g} TFLOP/s ({chip.source})"] if chip else []
-    if "train step without auxiliary head" in by_name:
-        head = _paired(by_name, "train step", "train step without auxiliary head")
+    if "train step, no head" in by_name:
+        head = _paired(by_name, "train step", "train step, no head")
         ig = _paired(by_name, "sampler: IG", "sampler: no guidance")
         said.append(f"the auxiliary head costs {head} of a training step, IG {ig} of sampling")
     if sweep:

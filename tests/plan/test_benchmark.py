@@ -26,7 +26,7 @@ def test_every_line_of_a_config_is_measured_and_written(quick, tmp_path, capsys)
     found = json.loads((tmp_path / "w" / "benchmark.json").read_text())
     assert [line["name"] for line in found["lines"]] == [
         "train step",
-        "train step without auxiliary head",
+        "train step, no head",
         "sampler: no guidance",
         "sampler: IG",
         "sampler: CFG",
@@ -40,7 +40,7 @@ def test_every_line_of_a_config_is_measured_and_written(quick, tmp_path, capsys)
         assert line["mfu_of_data_sheet"] is None  # of a CPU there is none
     assert "float32 product of 64×64 matrices" in last and "the auxiliary head costs" in last
     printed = capsys.readouterr().out
-    assert "train step without auxiliary head" in printed and "MFU product" in printed
+    assert "train step, no head" in printed and "MFU product" in printed
 
 
 def test_a_network_without_head_and_labels_has_fewer_lines():
