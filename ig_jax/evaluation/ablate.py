@@ -93,6 +93,8 @@ class Laboratory:
         self._folder = resolve(workdir)
         self._base = config.copy_and_resolve_references()
         self._base.ablation.update(questions=(), trainings=())
+        # An arm says all of its guidance; networks without a head are trained, too.
+        self._base.guidance.update(dataclasses.asdict(GuidanceOptions()))
         self._base.train.sample_every = 0
         self._base.evaluation.update(ig_scales=(), every=0, at_end=False)
         for arm in (arm for question in self.questions for arm in question.arms):

@@ -16,7 +16,10 @@ from ig_jax.models.trunk import Gather, Trunk, TrunkSpec, whole
 
 # Octaves of the sines that the embedding sees beside the vector itself: without them, and as layer
 # norm is blind to length, a small network blurs whatever is finer than the data's spread.
-_OCTAVES = 4
+_OCTAVES = 7
+# What is fine is learned at little noise, where t hardly changes, but its logarithm does. This near
+# to either end all times look alike.
+_MARGIN = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,7 @@ class MLP(Trunk):
             raise InputError(
                 f"input has shape {x.shape[1:]}: this model expects {self.spec.shape} (vectors)"
             )
-        c = self.condition(t, y)
+        c = self.condition(jnp.log((t + _MARGIN) / (1 - t + _MARGIN)), y)
         angles = x[..., None] * (jnp.pi * 2.0 ** jnp.arange(-1, _OCTAVES - 1))
         waves = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
         seen = jnp.concatenate([x, *jnp.moveaxis(waves, -1, 0)], axis=-1)
