@@ -26,8 +26,9 @@ class Exit(enum.IntEnum):
     PEER_LOST = 4
     # EX_TEMPFAIL of BSD's sysexits.h, "try again later": no shell, signal or Python uses it.
     STOPPED = 75
-    # What shells report of a program that Ctrl-C ended.
+    # What shells report of a program that Ctrl-C or SIGTERM ended.
     INTERRUPTED = 130
+    TERMINATED = 143
 
 
 EXIT_CODES = {
@@ -36,8 +37,9 @@ EXIT_CODES = {
     Exit.BAD_INPUT: "bad input: one line names the field, file or flag",
     Exit.NOT_FINITE: "a loss or samples that are not finite: the same command would end so again",
     Exit.PEER_LOST: "another process of the run ended unexpectedly: its output says why",
-    Exit.STOPPED: "training was asked to stop, a checkpoint is saved: the same command continues",
-    Exit.INTERRUPTED: "Ctrl-C outside training: what is written stays",
+    Exit.STOPPED: "training was asked to stop, all is saved: the same command continues",
+    Exit.INTERRUPTED: "Ctrl-C outside training, or a second one in it: what is written stays",
+    Exit.TERMINATED: "SIGTERM outside training, or a second one in it: what is written stays",
 }
 
 

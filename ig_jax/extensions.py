@@ -58,7 +58,7 @@ def load(files: Iterable[str]) -> tuple[str, ...]:
         before = {what: dict(table(what)) for what in TABLES}
         try:
             _execute(path)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             traceback.print_exc()
             raise InputError(f"--import is {file!r}: it failed with the error above") from error
         for what, rows in before.items():
@@ -92,7 +92,7 @@ def read_config(text: str) -> ConfigDict:
         InputError: for what is no such file; the line names the file, and its line that failed.
     """
     file, colon, argument = text.partition(":")
-    path, names = resolve(file or text), built_in_configs()
+    path, names = resolve(file or text or "."), built_in_configs()
     if not path.is_file():
         if file not in names:
             found = "a folder, expected" if path.is_dir() else "expected"
@@ -114,7 +114,7 @@ def read_config(text: str) -> ConfigDict:
                 f"--config is {text!r}: its get_config has {error}, expected {expected}"
             ) from None
         config = get_config(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(_blame(error, os.fspath(path))) from error
     if not isinstance(config, ConfigDict):
         raise InputError(
@@ -124,13 +124,14 @@ def read_config(text: str) -> ConfigDict:
     return config
 
 
-def _blame(error: Exception, path: str) -> str:
+def _blame(error: BaseException, path: str) -> str:
     """One line on an error in a config file: where, and what."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == path]
     what = str(error).splitlines()[0] if str(error) else ""
     if isinstance(error, SyntaxError):
-        path, lines, what = error.filename, [error.lineno], error.msg
+        lines, what = [error.lineno] if error.filename else [], error.msg
+        path = error.filename or path
     elif isinstance(error, InputError) and not lines:
         return what
     kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "

@@ -11,6 +11,11 @@ import textwrap
 from collections.abc import Callable, Iterator
 from importlib import metadata
 
+from ig_jax import stops
+
+if __name__ == "__main__":  # before the imports, which take a while
+    stops.watch(sys.argv)
+
 from ig_jax import console, startup
 
 console.quiet_libraries()

@@ -29,6 +29,8 @@ def resolve(path: epath.PathLike) -> epath.Path:
     typed = os.fspath(path)
     if not typed:
         raise InputError("a path is empty: expected a file or folder")
+    if "\0" in typed:
+        raise InputError(f"{typed!r}: expected a path, without a character of code 0")
     if "://" in typed:
         try:
             return epath.Path(typed)

@@ -9,6 +9,11 @@ import sys
 import warnings
 from typing import NoReturn
 
+from ig_jax import stops
+
+if __name__ == "__main__":  # before the imports, which take a while
+    stops.watch()
+
 from ig_jax import console
 
 console.quiet_libraries()

@@ -8,9 +8,12 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -87,6 +90,22 @@ class _WholeBatches:
         return self.source[np.concatenate(orders)]
 
 
+def _follow_parent(worker: int, workers: int) -> None:
+    """Makes this worker process end when the one that started it does, and not before.
+
+    Grain stops its workers when it is closed, and never when it is killed. Signals to a whole group
+    (Ctrl-C at a terminal, SIGTERM from Slurm) are the parent's to answer: it still needs batches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 class BatchIterator:
     """Endless batches of one process; its state is the number of batches handed out.
 
@@ -123,7 +142,8 @@ class BatchIterator:
             stream = stream.mp_prefetch(
                 grain.MultiprocessingOptions(
                     num_workers=self._num_workers, per_worker_buffer_size=2
-                )
+                ),
+                worker_init_fn=_follow_parent,
             )
         return iter(stream)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from ig_jax.data import digits, images, latents, toy2d
 from ig_jax.data.source import DataSource
+from ig_jax.errors import InputError
 
 
 def _digits(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
@@ -29,10 +30,14 @@ def _latents(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
 
 
 def _folder(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
+    if not data.path:
+        raise InputError("config.data.path is empty: expected a folder of class/name.jpg")
     return images.open_folder(data.path, data.image_size, data.num_validation)
 
 
 def _tfds(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
+    if not data.tfds_name:
+        raise InputError("config.data.tfds_name is empty: expected a name such as cifar10")
     return images.open_tfds(
         data.tfds_name, data.image_size, data.num_validation, data_dir=data.path
     )

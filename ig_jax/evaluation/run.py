@@ -16,11 +16,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import console
+from ig_jax import console, stops
 from ig_jax import record as record_lib
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion.guidance import GuidanceOptions
-from ig_jax.errors import NotFiniteError
+from ig_jax.errors import NotFiniteError, Stopped
 from ig_jax.evaluation import features, report, scoring
 from ig_jax.evaluation import images as images_lib
 from ig_jax.evaluation.features import FeatureSet
@@ -99,7 +99,8 @@ class Evaluator:
         """Features of the samples with these indices and labels, (N,) each.
 
         `rows` are kept picture by picture: by default those that the metrics read. Raises
-        `NotFiniteError`, on every process, if the model's samples are not finite.
+        `NotFiniteError`, on every process, if the model's samples are not finite; `Stopped` if
+        training is asked to stop meanwhile.
         """
         where = f" at {record_lib.describe(guidance)}"
         rows = self.scorer.rows() if rows is None else rows
@@ -115,6 +116,8 @@ class Evaluator:
             # Agreed on, since a process that stopped alone would leave the others waiting.
             if hosts.anywhere(problem is not None):
                 raise problem or NotFiniteError(f"another process: pictures{where} are not finite")
+            if stops.asked():
+                raise Stopped("stopped while evaluating")
             advance(len(positions) * jax.process_count())
         return accumulator.finish(len(indices))
 

@@ -25,6 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
+from ig_jax import stops
 from ig_jax.errors import Exit, InputError
 
 # For hosts that vanish without closing their connections.
@@ -91,6 +92,7 @@ def initialize(settings: Mapping[str, Any], timeout_s: float = 300.0) -> None:
     if jax.process_count() > 1:
         _compare(settings)
         _connect(place)
+        stops.before_ending(_tell_others)
         # After JAX's own exit handlers are registered, hence before they wait for the others.
         atexit.register(_leave)
 
@@ -103,14 +105,19 @@ def abandon(code: int) -> NoReturn:
     """
     if _lines is None:
         sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _tell_others()
+    os._exit(code)
+
+
+def _tell_others() -> None:
+    """Tells the run's other processes that this one is about to end."""
     _ending.set()
     for line in _lines:
         with contextlib.suppress(OSError):
             line.shutdown(socket.SHUT_RDWR)
-    sys.stdout.flush()
-    sys.stderr.flush()
     time.sleep(_GRACE_S)
-    os._exit(code)
 
 
 # Where the place comes from.

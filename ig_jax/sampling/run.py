@@ -55,8 +55,11 @@ def make_engine(experiment: Experiment) -> Engine:
     return Engine(settings, config.sampler.batch_size, experiment.mesh, _open_weaker(experiment))
 
 
-def _open_weaker(experiment: Experiment) -> Weaker | None:
-    """Loads the network that `config.guidance.weak` names, for Autoguidance."""
+def check_weaker(experiment: Experiment) -> tuple[Experiment, int] | None:
+    """What `config.guidance.weak` names, for Autoguidance: a workdir's experiment, and the step.
+
+    Raises `InputError` if there is no such checkpoint, or it is of other data or another path.
+    """
     workdir = experiment.config.guidance.weak
     if not workdir:
         return None
@@ -75,8 +78,19 @@ def _open_weaker(experiment: Experiment) -> Weaker | None:
                 f"config.guidance.weak is {workdir!r}, where {field} is {found}: "
                 f"expected {expected}"
             )
-    verify = experiment.config.train.verify_checkpoints
-    checkpoints = Checkpoints(workdir, read_only=True, verify=verify)
+    return weak, step
+
+
+def _open_weaker(experiment: Experiment) -> Weaker | None:
+    """Loads the network that `config.guidance.weak` names."""
+    found = check_weaker(experiment)
+    if found is None:
+        return None
+    weak, step = found
+    config = experiment.config
+    checkpoints = Checkpoints(
+        config.guidance.weak, read_only=True, verify=config.train.verify_checkpoints
+    )
     params = checkpoints.weights(weak.abstract_params(), step)
     checkpoints.close()
     return Weaker(params, weak.graphdef)

@@ -8,15 +8,13 @@ import dataclasses
 import functools
 import json
 import logging
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ig_jax import console, pictures
+from ig_jax import console, pictures, stops
 from ig_jax.errors import Stopped
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
@@ -63,15 +61,23 @@ def train(setup: Setup, callbacks: Sequence[Callback] = ()) -> Trained:
         NotFiniteError: a step was not finite (it is not saved; the last checkpoint is whole).
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
-    with contextlib.ExitStack() as stack:
-        state = _run(setup, callbacks, stack)
+    several = jax.process_count() > 1
+    with stops.request(forward=several) as stop, contextlib.ExitStack() as stack:
+        state = _run(setup, callbacks, stack, stop)
     step, ema = int(state.step), state.ema
+    if stop.asked:
+        raise Stopped(f"stopped after the last step, {step}; the same command does what is left")
     del state  # the rest of it is not needed any more, and large
     said = [callback.on_end(step, ema) for callback in callbacks]
     return Trained(step, ema, tuple(filter(None, said)))
 
 
-def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStack) -> TrainState:
+def _run(
+    setup: Setup,
+    callbacks: Sequence[Callback],
+    stack: contextlib.ExitStack,
+    stop: stops.Request,
+) -> TrainState:
     """Opens what the steps need and takes them; what must be closed is left to `stack`."""
     from clu import metric_writers
 
@@ -101,7 +107,6 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
     stack.callback(batches.close)
     bar = console.progress_bar(config.train.num_steps, "training", first_step)
     advance = stack.enter_context(bar)
-    asked = stack.enter_context(_stop_signals())
     clock, add = StepClock(), setup.programs.accumulate
     # First of all, so that a state that is not finite is never saved.
     blame = functools.partial(setup_lib.blame, config, setup.source)
@@ -109,20 +114,24 @@ def _run(setup: Setup, callbacks: Sequence[Callback], stack: contextlib.ExitStac
     callbacks = (report, *callbacks)
     steps = range(first_step + 1, config.train.num_steps + 1)
     for moment in _steps(setup, state, batches, steps, writer):
+        stop.defer()  # now that there is something to save
         state, step = moment.state, moment.step
         for callback in callbacks:
             callback.on_step(moment)
-        stopping = asked.is_set() or checkpoints.preempted(step)
+        stopping = stop.asked or checkpoints.preempted(step)
         saving = stopping or _saves(config, callbacks, step)
         due = [callback for callback in callbacks if callback.due(step, saving)]
         if due or saving:
             with clock.stopped(state):
-                scores = [callback.on_due(moment) for callback in due]
+                scores = []
+                with contextlib.suppress(Stopped):  # of what takes long, and is saved afterwards
+                    scores = [callback.on_due(moment) for callback in due]
                 if saving:
                     lock.check()
                     score = next(filter(None, reversed(scores)), None)
                     facts = setup.source.facts()
                     checkpoints.save(state, step, config, batches.state, score, facts)
+        stopping = stopping or (saving and stop.asked)
         if stopping and step < config.train.num_steps:
             checkpoints.wait()
             raise Stopped(
@@ -188,21 +197,3 @@ def _flat(config: ConfigDict) -> dict[str, Any]:
                 value = pictures.printable(str(value))
             flat[f"{section}.{name}" if name else section] = value
     return flat
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Inside, SIGTERM and Ctrl-C do but set the event."""
-    asked = threading.Event()
-    alone = jax.process_count() == 1
-    if not alone or threading.current_thread() is not threading.main_thread():
-        # With several processes JAX's own handler tells all; see `Checkpoints.preempted`.
-        yield asked
-        return
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(number, lambda *_: asked.set()) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, previous, strict=True):
-            signal.signal(number, handler)

@@ -8,7 +8,8 @@ from ml_collections import ConfigDict
 
 from ig_jax.experiment import ToImages, make_to_images
 from ig_jax.sampling.engine import Engine
-from ig_jax.sampling.run import make_engine
+from ig_jax.sampling.labels import label_rule
+from ig_jax.sampling.run import check_weaker, make_engine
 from ig_jax.training import loop
 from ig_jax.training.callbacks import Callback, Profile
 from ig_jax.training.grids import SampleGrid, ScaleGrid
@@ -22,6 +23,9 @@ Evaluations = Callable[[Setup, Engine, ToImages], Sequence[Callback]]
 def callbacks(setup: Setup, evaluations: Evaluations | None = None) -> list[Callback]:
     """What the config wants done beside the steps; raises `InputError` if something is missing."""
     config = setup.config
+    # Wrong ones would show when the first pictures are due, or after training.
+    label_rule(config, setup.source.class_names)
+    check_weaker(setup.experiment)
     found: list[Callback] = [Validation(setup)]
     if config.train.profile_at:
         found.append(Profile(setup.workdir, config.train.profile_at))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from clu.metric_writers import async_writer
 
+from ig_jax import stops
 from ig_jax.data import pipeline
 from ig_jax.diffusion import interpolant
 from ig_jax.diffusion import loss as loss_lib
@@ -83,6 +84,40 @@ def test_a_stopped_run_continues_bit_for_bit(uninterrupted, tmp_path, stop_at):
             weights(tmp_path, tiny_config(), ema=ema),
             weights(uninterrupted, tiny_config(), ema=ema),
         )
+
+
+class LongEvaluation(Callback):
+    """Takes so long that it ends before its time when a stop is asked for."""
+
+    saves = True
+
+    def due(self, step, saving):
+        return step == 2
+
+    def on_due(self, moment):
+        assert not stops.asked()
+        signal.raise_signal(signal.SIGINT)
+        assert stops.asked()
+        raise Stopped
+
+
+def test_a_stop_that_is_asked_for_during_an_evaluation_need_not_wait_for_it(tmp_path):
+    setup = Setup.from_config(tiny_config(), tmp_path)
+    with pytest.raises(Stopped, match="^stopped at step 2, checkpoint saved"):
+        loop.train(setup, [LongEvaluation()])
+    assert Checkpoints(tmp_path, read_only=True).steps() == [2]
+    assert not stops.asked()
+
+
+def test_a_signal_before_the_first_step_is_the_programs(tmp_path, monkeypatch):
+    """Nothing is there to be saved, and compiling may take minutes."""
+
+    def step(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    setup = with_step(Setup.from_config(tiny_config(), tmp_path), lambda _: step)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(setup)
 
 
 def test_checkpoints_keep_the_last_ones_and_the_best(uninterrupted):
