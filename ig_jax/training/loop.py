@@ -79,16 +79,12 @@ def _run(
     stop: stops.Request,
 ) -> TrainState:
     """Opens what the steps need and takes them; what must be closed is left to `stack`."""
-    from clu import metric_writers
-
     config = setup.config
     for callback in callbacks:
         stack.callback(callback.close)
     setup.workdir.mkdir(parents=True, exist_ok=True)
     lock = stack.enter_context(hold(setup.workdir))
-    writer = metric_writers.create_default_writer(
-        str(setup.workdir), just_logging=not is_primary(), asynchronous=True
-    )
+    writer = _open_writer(setup)
     stack.callback(writer.close)
     checkpoints = Checkpoints(
         setup.workdir,
@@ -139,6 +135,14 @@ def _run(
                 f"{setup.workdir}"
             )
     return state
+
+
+def _open_writer(setup: Setup) -> Any:
+    from clu import metric_writers
+
+    return metric_writers.create_default_writer(
+        str(setup.workdir), just_logging=not is_primary(), asynchronous=True
+    )
 
 
 def _steps(
