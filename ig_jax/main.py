@@ -345,6 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     console.forgive_output()
     if argv is None:  # a program of its own, and no caller's
         startup.keep_freed_memory()
+        stops.listen()
     argv = list(sys.argv if argv is None else argv)
     if len(argv) == 1:
         print(START, end="")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, seen by a thread of their own.
+"""SIGTERM and Ctrl-C, seen by a thread of their own (`listen`).
 
 So the first is answered at once, whatever the main thread is doing (importing, compiling, writing),
 and none is lost in a library that swallows `KeyboardInterrupt`. What is on disk is whole at any
@@ -25,9 +25,10 @@ _CODES = {signal.SIGINT: Exit.INTERRUPTED, signal.SIGTERM: Exit.TERMINATED}
 # One key press may come twice, from the terminal and from a program in between (uv, srun).
 _SAME_S = 0.3
 
-# Of the program: the pipe that signals are written to; whether it trains; what to do before ending.
+# Of the program: whether signals are ours, whether it trains, the pipe that signals are written to
+# once a thread listens, and what to do before ending.
+_watched = _training = False
 _pipe: tuple[int, int] | None = None
-_training = False
 _farewell: Callable[[], None] | None = None
 # The stop that signals ask for instead of ending the process.
 _request: Request | None = None
@@ -51,17 +52,18 @@ class Request:
         global _request
         if _request is self:
             return
-        if _pipe is None:
-            # A library leaves signals to its program until then, and in threads altogether.
-            if threading.current_thread() is not threading.main_thread():
+        if not _watched:
+            # A library leaves signals to its program until then; in threads altogether, and where
+            # there are several processes, to JAX.
+            if self._forward or threading.current_thread() is not threading.main_thread():
                 return
-            self._previous = [signal.signal(n, lambda n, _: self._answer(n)) for n in _NUMBERS]
+            self._previous = [signal.signal(n, lambda n, _: self.answer(n)) for n in _NUMBERS]
         _request = self
 
-    def _answer(self, number: int) -> None:
+    def answer(self, number: int) -> None:
         """Notes the first signal, and ends at once with the second."""
         if self._answered:
-            if _pipe is None:
+            if not _watched:
                 raise KeyboardInterrupt
             _end(_CODES[number], "ended at once: the same command continues from what is saved")
         self._answered = True
@@ -108,17 +110,25 @@ def watch(argv: Sequence[str] = ("", "--mode=")) -> None:
     Args:
         argv: the command line, from which the mode is read before flags are there.
     """
-    global _pipe, _training
+    global _watched, _training
     modes = re.findall(r"(?<!\S)--?mode[= ](\S*)", " ".join(argv))
-    _training = not modes or modes[-1] == "train"
-    if _pipe is not None:
+    _watched, _training = True, not modes or modes[-1] == "train"
+    for number in _NUMBERS:
+        signal.signal(number, _on_signal)
+
+
+def listen() -> None:
+    """Answers from now on even where the main thread cannot, if the program is watched.
+
+    Not part of `watch`, since how memory is allocated must be decided before there are threads.
+    """
+    global _pipe
+    if not _watched or _pipe is not None:
         return
     _pipe = os.pipe()
     os.set_blocking(_pipe[1], False)
     threading.Thread(target=_listen, daemon=True).start()
     signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False)
-    for number in _NUMBERS:
-        signal.signal(number, _forward)
 
 
 def before_ending(farewell: Callable[[], None]) -> None:
@@ -127,26 +137,33 @@ def before_ending(farewell: Callable[[], None]) -> None:
     _farewell = farewell
 
 
-def _forward(number: int, _: object) -> None:
-    """Python's part of a signal, in the main thread when that comes to it: usually too late."""
-    if signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False) != _pipe[1]:
+def _on_signal(number: int, _: object) -> None:
+    """Python's part of a signal, in the main thread when that comes to it: often too late."""
+    if _pipe is None:
+        _answer(number)
+    elif signal.set_wakeup_fd(_pipe[1], warn_on_full_buffer=False) != _pipe[1]:
         os.write(_pipe[1], bytes([number]))  # an event loop had taken the place
 
 
 def _listen() -> NoReturn:
-    global _last_signal
     while True:
         number = os.read(_pipe[0], 1)[0]
-        now = time.monotonic()
-        same, _last_signal = now - _last_signal < _SAME_S, now
-        if number not in _NUMBERS or same:
-            continue
-        if _request is not None:
-            _request._answer(number)
-        elif _training:
-            _end(Exit.STOPPED, f"{_NAMES[number]}: nothing to save, the same command continues")
-        else:
-            _end(_CODES[number], _CODES[number].name.lower())
+        if number in _NUMBERS:
+            _answer(number)
+
+
+def _answer(number: int) -> None:
+    global _last_signal
+    now = time.monotonic()
+    same, _last_signal = now - _last_signal < _SAME_S, now
+    if same:
+        return
+    if _request is not None:
+        _request.answer(number)
+    elif _training:
+        _end(Exit.STOPPED, f"{_NAMES[number]}: nothing to save, the same command continues")
+    else:
+        _end(_CODES[number], _CODES[number].name.lower())
 
 
 def _say(line: str) -> None:

@@ -133,6 +133,7 @@ def _to_pytorch(args: argparse.Namespace) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code (see `errors.Exit`)."""
     console.forgive_output()
+    stops.listen()
     try:
         args = _parser().parse_args(argv)
         _check(args)

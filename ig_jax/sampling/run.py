@@ -61,9 +61,9 @@ def check_weaker(experiment: Experiment) -> tuple[Experiment, int] | None:
     Raises `InputError` if there is no such checkpoint, or it is of other data or another path.
     """
     workdir = experiment.config.guidance.weak
+    which = parse_step(experiment.config.guidance.weak_step, "config.guidance.weak_step")
     if not workdir:
         return None
-    which = parse_step(experiment.config.guidance.weak_step, "config.guidance.weak_step")
     step = find_step(workdir, which)  # once, while training may save another
     weak = experiment.of_workdir(workdir, step)
     saved = weak.config

@@ -31,6 +31,8 @@ from ig_jax.training.state import TrainState
 
 log = logging.getLogger("ig_jax")
 
+_CONTINUES = "the same command continues: "
+
 # What resumed runs changed with `config.train.allow_changes`, and from which step on.
 CHANGES = "changes.json"
 
@@ -130,10 +132,7 @@ def _run(
         stopping = stopping or (saving and stop.asked)
         if stopping and step < config.train.num_steps:
             checkpoints.wait()
-            raise Stopped(
-                f"stopped at step {step}, checkpoint saved; the same command continues: "
-                f"{setup.workdir}"
-            )
+            raise Stopped(f"stopped at step {step}, checkpoint saved; {_CONTINUES}{setup.workdir}")
     return state
 
 

@@ -1,5 +1,10 @@
+import contextlib
 import functools
 import json
+import pathlib
+import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -226,3 +231,48 @@ def test_too_little_shared_memory_is_said_before_workers_start(monkeypatch, spar
         return
     with pytest.raises(InputError, match="config.data.num_workers is 2: .* MiB free: expected few"):
         make(num_workers=workers)
+
+
+KILLED = """
+import multiprocessing, os, signal, time
+import numpy as np
+from ig_jax.data import pipeline
+from ig_jax.data.source import ArraySource
+
+if __name__ == "__main__":
+    source = ArraySource(np.zeros((64, 4, 4, 1), np.uint8), np.arange(64, dtype=np.int32))
+    batches = pipeline.make_iterator(source, batch_size=8, seed=0, num_workers=2)
+    next(batches)
+    workers = [child.pid for child in multiprocessing.active_children()]
+    for pid in workers:  # as Ctrl-C at a terminal does
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    for _ in range(32):
+        next(batches)
+    print(*workers, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_workers_end_with_the_process_that_is_killed_and_not_before(tmp_path):
+    (tmp_path / "killed.py").write_text(KILLED)
+    child = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE)
+    try:
+        workers = [int(pid) for pid in child.stdout.readline().split()]
+        assert len(workers) == 2
+        assert all(map(runs, workers))
+    finally:
+        child.kill()
+    deadline = time.monotonic() + 60
+    while any(map(runs, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(runs, workers))
+
+
+def runs(pid):
+    """Whether a process is there, and no zombie that nobody waits for."""
+    stat = pathlib.Path(f"/proc/{pid}/stat")
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
