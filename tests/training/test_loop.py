@@ -430,7 +430,8 @@ def test_what_was_opened_is_closed_however_a_run_ends(ending, tmp_path, monkeypa
     setup = with_step(setup, wrap) if wrap else setup
     with pytest.raises(error) if error else contextlib.nullcontext():
         loop.train(setup, [Watched(), *filter(None, [callback])])
-    assert sorted(closed) == ["callback", "checkpoints", "data", "writer"]
+    # Of what is not finite the data are opened once more, to name the example.
+    assert sorted(set(closed)) == ["callback", "checkpoints", "data", "writer"]
 
 
 class Evaluation(Callback):
