@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
-from ig_jax import record
+from ig_jax import console, record
 from ig_jax.data import images, latents, prepare
 from ig_jax.data.sets import DATA_SETS
 from ig_jax.data.source import DataSource
@@ -109,8 +109,9 @@ class Experiment:
 
     def open_data(self) -> DataSource:
         """Opens the data set and checks that it fits the model; raises `InputError`."""
-        open_set = DATA_SETS[self.config.data.name]
-        source = open_set(self.config.data, self.sample_shape, self.config.model.num_classes)
+        data, classes = self.config.data, self.config.model.num_classes
+        with console.stage("opening the data set"):
+            source = DATA_SETS[data.name](data, self.sample_shape, classes)
         self._check(source)
         return source
 
@@ -130,6 +131,13 @@ class Experiment:
         return source
 
     def _check(self, source: DataSource) -> None:
+        data, side = self.config.data, self.sample_shape[0]
+        if data.name in ("folder", "tfds") and source.shape[0] != side:
+            raise InputError(
+                f"config.data.image_size is {data.image_size}: the network takes {side}×{side} "
+                f"(--config.data.image_size={side} crops to that, or "
+                f"--config.model.input_size={data.image_size} makes another network)"
+            )
         for field, found, expected in (
             ("input_size and channels", self.sample_shape, source.shape),
             ("num_classes", self.spec.num_classes, source.num_classes),
@@ -190,7 +198,8 @@ def load_autoencoder(config: ConfigDict) -> Autoencoder:
         )
     preset = data.autoencoder if data.autoencoder in AUTOENCODERS else None
     dtype = config_lib.compute_dtype(config.model.dtype)
-    return autoencoder_from_pytorch(data.autoencoder_path, dtype=dtype, preset=preset)
+    with console.stage("loading the autoencoder"):
+        return autoencoder_from_pytorch(data.autoencoder_path, dtype=dtype, preset=preset)
 
 
 @dataclasses.dataclass(frozen=True)

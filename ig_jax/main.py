@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from importlib import metadata
+from typing import Any
 
 from ig_jax import stops
 
@@ -58,59 +60,46 @@ Flags
 """
 
 
-def _train(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.evaluation import training as evaluation
-    from ig_jax.training import run as training
+def _room(name: str) -> Any:
+    """A module of the package; most of a start is its imports."""
+    with console.stage("loading"):
+        return importlib.import_module(f"ig_jax.{name}")
 
-    return training.run(config, workdir, evaluation.callbacks)
+
+def _train(config: ConfigDict, workdir: str) -> str:
+    return _room("training.run").run(config, workdir, _room("evaluation.training").callbacks)
 
 
 def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
-    from ig_jax.sampling import run as sampling
-
-    return sampling.run(config, workdir, which)
+    return _room("sampling.run").run(config, workdir, which)
 
 
 def _evaluate(config: ConfigDict, workdir: str, which: int | str) -> str:
-    from ig_jax.evaluation import run as evaluation
-
-    return evaluation.run(config, workdir, which)
+    return _room("evaluation.run").run(config, workdir, which)
 
 
 def _prepare(config: ConfigDict, workdir: str) -> str:
-    from ig_jax import experiment
-
-    return experiment.run_prepare(config, workdir)
+    return _room("experiment").run_prepare(config, workdir)
 
 
 def _sweep(config: ConfigDict, workdir: str, which: int | str) -> str:
-    from ig_jax.evaluation import sweep
-
-    return sweep.run(config, workdir, which)
+    return _room("evaluation.sweep").run(config, workdir, which)
 
 
 def _ablate(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.evaluation import ablate
-
-    return ablate.run(config, workdir)
+    return _room("evaluation.ablate").run(config, workdir)
 
 
 def _toy(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.evaluation import toy
-
-    return toy.run(config, workdir)
+    return _room("evaluation.toy").run(config, workdir)
 
 
 def _benchmark(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.plan import benchmark
-
-    return benchmark.run(config, workdir, _SWEEP.value)
+    return _room("plan.benchmark").run(config, workdir, _SWEEP.value)
 
 
 def _compile(config: ConfigDict, workdir: str) -> str:
-    from ig_jax.plan import fit
-
-    return fit.run(config, workdir, _SWEEP.value)
+    return _room("plan.fit").run(config, workdir, _SWEEP.value)
 
 
 # mode → (what it does, function(config, workdir) → the last line to print); those that read a
@@ -234,6 +223,7 @@ def define_config(argv: list[str]) -> None:
 
 
 def _run(argv: list[str]) -> Exit:
+    console.log_lines()
     if _COMPARE.value is not None:
         if len(argv) != 2:
             raise InputError("--compare expects two result files: --compare a.json b.json")
@@ -261,9 +251,8 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     Raises:
         InputError: what was checked beforehand; later it ends this process and the run's others.
     """
-    from ig_jax import config as config_lib
-    from ig_jax.parallel import processes
-
+    config_lib, processes = _room("config"), _room("parallel.processes")
+    console.name_compilations()
     if _SWEEP.value and mode not in _COMPILE_ANEW:
         raise InputError(
             f"--sweep has no meaning with --mode={mode}: expected it with "
@@ -278,24 +267,22 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     if workdir is not None and mode not in _NO_WORKDIR:
         check_workdir(workdir)
     if _GUIDANCE.value == "best":
-        from ig_jax.evaluation import sweep
-
-        sweep.apply_best(config, workdir)
-    from ig_jax.evaluation import extractors, metrics
-
+        _room("evaluation.sweep").apply_best(config, workdir)
     if _FAST.value:
-        from ig_jax.evaluation import ablate
-
-        config = ablate.fast(config)
+        config = _room("evaluation.ablate").fast(config)
     config_lib.validate(config)
-    extractors.check_name(config)
-    metrics.check_name(config)
+    for table in ("extractors", "metrics"):
+        _room(f"evaluation.{table}").check_name(config)
     config = config_lib.resolve_paths(config)
     startup.use_preset(_PRESET.value)
-    processes.initialize(config_lib.to_json(config))
+    with console.stage("joining the processes of the run"):
+        processes.initialize(config_lib.to_json(config))
     if _CACHE.value and mode not in _COMPILE_ANEW:
         startup.keep_compiled()
     try:
+        with console.stage("looking for devices"):
+            if not processes.is_primary():
+                console.mute()
         last_line = MODES[mode][1](config, workdir, **arguments)
     except Stopped as stop:
         # All processes come here together, so each may leave as it would when complete.
@@ -346,7 +333,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # a program of its own, and no caller's
         startup.keep_freed_memory()
         stops.listen()
-    argv = list(sys.argv if argv is None else argv)
+    with console.speaking():
+        return _main(list(sys.argv if argv is None else argv))
+
+
+def _main(argv: list[str]) -> int:
     if len(argv) == 1:
         print(START, end="")
         return Exit.COMPLETE
@@ -359,7 +350,8 @@ def main(argv: list[str] | None = None) -> int:
             print(_help(topics[-1]))
             return Exit.COMPLETE
         if _HELP_FLAGS.isdisjoint(argv) and _argument(argv, "compare") is None:
-            define_config(argv)
+            with console.stage("reading the config"):
+                define_config(argv)
         app.run(_run, argv, flags_parser=_parse)
     except OneLineError as error:
         print(f"ig_jax: {error}", file=sys.stderr)

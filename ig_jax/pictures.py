@@ -228,6 +228,12 @@ def read_image(path: epath.PathLike) -> np.ndarray:
     return array[..., None] if array.ndim == 2 else array
 
 
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB of a picture of any mode; where it is transparent, white shows."""
+    ground = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB")
+
+
 def save_image(path: epath.PathLike, image: Image.Image) -> None:
     """Writes a picture as PNG, to a local path or a bucket."""
     buffer = io.BytesIO()

@@ -153,6 +153,7 @@ class TrainOptions:
     allow_changes: str = _free(
         "", "sections, as in optimizer,loss, that may change though they stay; they are recorded"
     )
+    wandb: str = _free("", "project at Weights & Biases to log to as well (pip extra wandb)")
     init_from: str = field(
         "", "a workdir whose EMA weights training starts from (fine-tuning)", path=True
     )

@@ -36,12 +36,14 @@ def pytest_configure():
 
 
 def pytest_runtest_setup(item):
-    """PyTorch is no part of the test extra: what needs it is marked, and skipped where it lacks."""
-    if item.get_closest_marker("torch") is None or importlib.util.find_spec("torch"):
-        return
-    if os.environ.get("IG_JAX_TESTS_NEED_TORCH"):
-        pytest.fail("IG_JAX_TESTS_NEED_TORCH is set, and PyTorch is not installed", pytrace=False)
-    pytest.skip("PyTorch is not installed")
+    """What may lack is marked, and skipped there: PyTorch is no part of the test extra, and
+    TensorFlow has no wheels for the newest Python."""
+    for name in ("torch", "tensorflow"):
+        if item.get_closest_marker(name) is None or importlib.util.find_spec(name):
+            continue
+        if name == "torch" and os.environ.get("IG_JAX_TESTS_NEED_TORCH"):
+            pytest.fail("IG_JAX_TESTS_NEED_TORCH is set, and it is not installed", pytrace=False)
+        pytest.skip(f"{name} is not installed")
 
 
 @pytest.hookimpl(wrapper=True)

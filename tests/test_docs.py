@@ -200,9 +200,10 @@ def test_ci_runs_the_readmes_commands_as_they_stand(tmp_path):
     (tmp_path / "digits").mkdir()  # an earlier run, which must not be continued
     code, calls = run_ci(tmp_path, README)
     install = "pip install -e .[test]"
+    plain = "pip install -e ."
     digits = f"--config=configs/digits_ig.py --workdir={tmp_path}/digits"
     assert code == 0
-    assert calls[:4] == [install, f"python -m ig_jax.main {digits}", install, "pytest "]
+    assert calls[:4] == [plain, f"python -m ig_jax.main {digits}", install, "pytest "]
     assert calls[4].startswith("pip install -q torch==")
     assert calls[5:] == ["pytest -m torch and not slow", "pytest -m slow"]
     seen = (tmp_path / "env").read_text()

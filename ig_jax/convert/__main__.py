@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         _check(args)
-        with warnings.catch_warnings(record=True) as caught:
+        with console.speaking(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             last_line = (_into_workdir if args.to_pytorch is None else _to_pytorch)(args)
     except InputError as error:

@@ -1,15 +1,17 @@
 """Labelled images from a folder or from TFDS, cropped as ADM crops them, and data sets of them.
 
 Rules for irregular images: whatever Pillow decodes becomes 8-bit RGB (greyscale, palette, CMYK, 16
-bit, floating point; transparency and EXIF orientation are ignored, as in ADM), smaller ones are
-enlarged to the target, and one that cannot be decoded, whose range of values is unknown, or that is
-over 50 times longer than wide, is skipped. Which files of a folder are images is the rule of
-`pictures.list_folder`.
+bit, floating point), white shows where it is transparent, smaller ones are enlarged to the target,
+and one that cannot be decoded, whose range of values is unknown, or that is over 50 times longer
+than wide, is skipped. Photographs of a folder are turned as their EXIF orientation says; ADM, which
+ignores it, takes those of ImageNet as they lie, and so do we where they come from TFDS. Which files
+of a folder are images is the rule of `pictures.list_folder`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import logging
 import os
@@ -38,14 +40,24 @@ _DARK = 16
 log = logging.getLogger("ig_jax")
 
 
+# What is said of a picture that was transparent, after its mode.
+ON_WHITE = ", on white"
+
+
 class UnreadableImage(Exception):
     """A file that is no image, or a damaged one; the message says why."""
 
 
 class Images(Protocol):
-    """Encoded, labelled images by index."""
+    """Encoded, labelled images by index.
+
+    Attributes:
+        class_names: a name a class, in label order.
+        turned: whether EXIF's orientation counts.
+    """
 
     class_names: tuple[str, ...]
+    turned: bool
 
     def __len__(self) -> int: ...
 
@@ -77,6 +89,8 @@ class ImageFolder:
     Raises:
         InputError: no such folder, no images in it, or none in one of its classes.
     """
+
+    turned = True
 
     def __init__(self, path: str):
         path = os.fspath(resolve(path))
@@ -117,7 +131,8 @@ class ImageFolder:
 
     def describe(self) -> dict[str, Any]:
         names = b"\n".join([*map(os.fsencode, self._folders), *self._names])
-        return {"kind": "folder", "count": len(self), "names_sha256": digest(names)}
+        count = len(self)
+        return {"kind": "folder", "count": count, "names_sha256": digest(names), "turned": True}
 
 
 def _images(folder: str) -> list[str]:
@@ -166,10 +181,17 @@ class TfdsImages:
 
     Raises:
         InputError: an unknown set or split, one not prepared with random access, or one without
-            the features "image" and "label".
+            the features "image" and "label"; or no TensorFlow, which TFDS needs.
     """
 
+    turned = False
+
     def __init__(self, name: str, split: str = "train", data_dir: str = ""):
+        if importlib.util.find_spec("tensorflow") is None:
+            raise InputError(
+                f"TFDS {name} needs TensorFlow, which is not installed (it has no wheels for the "
+                "newest Python): expected it, or the images as a folder"
+            )
         import tensorflow_datasets as tfds
 
         self._name, self._split = name, split
@@ -291,7 +313,8 @@ class Picture:
 
     Attributes:
         pixels: (size, size, 3) uint8.
-        converted: the mode it had, where that was not RGB ("L", "CMYK", …), else "".
+        converted: the mode it had, where that was not RGB ("L", "CMYK", …; with `ON_WHITE` where
+            it was transparent), else "".
         enlarged: its short side was below `size`.
     """
 
@@ -300,12 +323,22 @@ class Picture:
     enlarged: bool
 
 
-def decode(data: bytes, size: int) -> Picture:
-    """Decodes a file to RGB and crops it; raises `UnreadableImage`."""
+def decode(data: bytes, size: int, turned: bool = True) -> Picture:
+    """Decodes a file to RGB and crops it; raises `UnreadableImage`.
+
+    Args:
+        data: the file.
+        size: side of the result.
+        turned: whether EXIF's orientation counts.
+    """
     try:
         image = Image.open(io.BytesIO(data))
-        mode = image.mode
+        converted = "" if image.mode == "RGB" else image.mode
         rgb = to_rgb(image)
+        if is_transparent(image):
+            converted = f"{image.mode}{ON_WHITE}"
+        if turned:
+            rgb = _upright(rgb, image)
     except UnreadableImage:
         raise
     except Image.UnidentifiedImageError as error:
@@ -316,18 +349,52 @@ def decode(data: bytes, size: int) -> Picture:
     if max(rgb.size) > MAX_ASPECT * min(rgb.size):
         raise UnreadableImage(f"{rgb.width}×{rgb.height}, a side over {MAX_ASPECT} times the other")
     pixels = center_crop(rgb, size)
-    return Picture(pixels, mode if mode != "RGB" else "", min(rgb.size) < size)
+    return Picture(pixels, converted, min(rgb.size) < size)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Turns any Pillow mode into 8-bit RGB; raises `UnreadableImage` where the range is unknown.
+    """Turns any Pillow mode into 8-bit RGB, what is transparent on white; raises `UnreadableImage`
+    where the range is unknown.
 
     Integers of 12 or 16 bits keep their upper 8. Floating point means [0, 1], or else [0, 255];
     other floating point and 32-bit integers, which may mean anything, are refused.
     """
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_grey_levels(image))
+    if image.has_transparency_data:
+        return pictures.on_white(image)
     return image.convert("RGB")  # decodes, so a truncated file fails here
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Whether anything shines through a picture; that it could is not enough."""
+    return image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255
+
+
+# EXIF's orientation (tag 274): how a picture must be turned or mirrored to stand upright.
+_ORIENTATION = 274
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(rgb: Image.Image, image: Image.Image) -> Image.Image:
+    """Turns `rgb`, a conversion of the opened `image`, as EXIF says; damaged EXIF says nothing."""
+    turn = _TURNS.get(_orientation(image))
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever a damaged block raises
+        return 1
 
 
 def _grey_levels(image: Image.Image) -> np.ndarray:
@@ -396,12 +463,46 @@ class PixelSource:
             i = (index + offset) % len(self)
             try:
                 data, label = self._images[i]
-                picture = decode(data, self._size)
+                picture = decode(data, self._size, self._images.turned)
             except (OSError, UnreadableImage) as error:
                 log.warning("%s: %s; the next image is used instead", self._images.name(i), error)
                 continue
             return {"x": picture.pixels, "label": np.int32(label)}
         raise InputError("not one of the images can be decoded")
+
+
+def survey(images: Images, size: int, most: int = 1000) -> str:
+    """What is irregular among images, from their headers alone: the same kinds as in `decode`.
+
+    Args:
+        images: of which at most `most`, evenly spread, are looked at.
+        size: side of the pictures that they become.
+
+    Returns:
+        Counts with the first name of each kind, or nothing if all are regular.
+    """
+    looked = np.unique(np.linspace(0, len(images) - 1, min(len(images), most)).astype(int))
+    found: dict[str, list[str]] = {}
+    for i in map(int, looked):
+        try:
+            image = Image.open(io.BytesIO(images[i][0]))
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                continue
+            kinds = {
+                f"converted from {image.mode}": image.mode != "RGB",
+                "put on white": is_transparent(image),
+                "enlarged": min(image.size) < size,
+                "turned as EXIF says": images.turned and _orientation(image) in _TURNS,
+            }
+        except Exception:  # the message comes where it is to be used
+            continue
+        for kind in filter(kinds.get, kinds):
+            found.setdefault(kind, []).append(images.name(i))
+    words = (
+        f"{len(names)} {kind} ({names[0]}{', …' * (len(names) > 1)})"
+        for kind, names in found.items()
+    )
+    return f"of {len(looked):,} images looked at: {', '.join(words)}" if found else ""
 
 
 def open_pixels(images: Images, image_size: int, num_validation: int = 0) -> DataSource:
@@ -416,6 +517,8 @@ def open_pixels(images: Images, image_size: int, num_validation: int = 0) -> Dat
         A `DataSource` of shape (image_size, image_size, 3), whose uint8 "x" `model_input` maps to
         [−1, 1]; shift 0, scale 1. Raises `InputError`.
     """
+    if said := survey(images, image_size):
+        log.info(said)
     train, validation = hold_out(PixelSource(images, image_size), num_validation)
     return DataSource(
         train=train,

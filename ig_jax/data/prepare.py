@@ -21,7 +21,7 @@ import numpy as np
 
 from ig_jax import console, pictures
 from ig_jax.data import shards
-from ig_jax.data.images import Images, Picture, UnreadableImage, decode
+from ig_jax.data.images import ON_WHITE, Images, Picture, UnreadableImage, decode
 from ig_jax.errors import InputError
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -114,7 +114,8 @@ def prepare(
             for shard in pending:
                 part = _counted(itertools.islice(stream, len(ranges[shard])), bar)
                 _write_shard(path, shard, total, part, encode, twins, batch_size)
-        return _finish(path, plan, process_index)
+        with console.stage("checking the shards"):
+            return _finish(path, plan, process_index)
 
 
 def _check_plan(path: str, plan: Mapping[str, Any]) -> None:
@@ -166,7 +167,7 @@ def _decoded(
         except OSError as error:
             return Decoded(name, -1, None, error.strerror or str(error))
         try:
-            return Decoded(name, label, decode(data, size))
+            return Decoded(name, label, decode(data, size, images.turned))
         except UnreadableImage as error:
             return Decoded(name, label, None, str(error))
 
@@ -259,8 +260,12 @@ def _finish(path: str, plan: Mapping[str, Any], process_index: int) -> str:
         )
     index = shards.make_index(plan, complete)
     shards.write_json(os.path.join(path, shards.INDEX), index, f".partial{process_index}")
+    transparent = sum(mode.endswith(ON_WHITE) for _, mode in index["converted"])
+    white = f", {transparent} of them transparent and put on white" if transparent else ""
     irregular = ", ".join(
-        f"{len(index[kind])} {kind}" for kind in ("skipped", "converted", "enlarged") if index[kind]
+        f"{len(index[kind])} {kind}{more}"
+        for kind, more in (("skipped", ""), ("converted", white), ("enlarged", ""))
+        if index[kind]
     )
     return (
         f"{index['num_examples']} images of {len(index['class_names'])} classes as latents of "

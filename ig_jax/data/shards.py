@@ -333,7 +333,8 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m ig_jax.data.shards DIR   checks prepared latents", file=sys.stderr)
         return 2
     try:
-        problems = verify(argv[1])
+        with console.speaking():
+            problems = verify(argv[1])
     except InputError as error:
         print(f"ig_jax: {error}", file=sys.stderr)
         return 2

@@ -247,6 +247,7 @@ class TrainingEvaluation:
     Attributes:
         score_name: of its FID, the same for two that may be compared: "fid-" and a hash of the
             record.
+        about: guidance and number of samples in words.
 
     Raises:
         InputError: for a missing or unfitting file, at the start of the run.
@@ -266,6 +267,7 @@ class TrainingEvaluation:
         counts = {_TRAIN_SAMPLES: len(self._indices)}
         self._evaluator = Evaluator.create(experiment, source, counts, workdir, engine)
         self._noted = False
+        self.about = f"{record_lib.describe(self._guidance)} ({len(self._indices):,} samples)"
         self.score_name = f"fid-{self._record_hash()}"
 
     def _record_hash(self) -> str:
@@ -298,18 +300,6 @@ class TrainingEvaluation:
             log.warning("evaluation during training: %s", "; ".join(notes))
             self._noted = True
         return scores
-
-
-def at_end(
-    experiment: Experiment,
-    weights: Weights,
-    source: DataSource,
-    workdir: epath.PathLike,
-    engine: Engine | None = None,
-) -> str:
-    """Evaluates freshly trained weights, prints and stores the scores, and says where."""
-    results = evaluate(experiment, weights, source, workdir=workdir, engine=engine)
-    return report.report(results, workdir)
 
 
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from ig_jax import console
 from ig_jax import record as record_lib
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
@@ -206,7 +207,8 @@ class Scorer:
             (values, notes): values by name of `METRICS`, and warnings.
         """
         self.opened.check_resolution(samples.shape[1:3], self.reference.metadata["resolution"])
-        values = self.values(self.metrics if names is None else names, samples, labels)
+        with console.stage("computing the scores"):
+            values = self.values(self.metrics if names is None else names, samples, labels)
         return values, tuple(self.notes(samples.shape[0]))
 
     def notes(self, count: int) -> list[str]:

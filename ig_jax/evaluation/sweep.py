@@ -257,7 +257,8 @@ class Search:
 
     def uncertainty(self, finalists: Sequence[Entry]) -> list[Uncertainty]:
         """Bootstrap uncertainty of the entries of the last round."""
-        drawn = np.stack([self.resampled(entry) for entry in finalists])
+        with console.stage("estimating the uncertainty"):
+            drawn = np.stack([self.resampled(entry) for entry in finalists])
         winners = (METRICS[self.metric].better * drawn).argmax(0)
         return [
             Uncertainty(float(values.std(ddof=1)), float(np.mean(winners == i)))

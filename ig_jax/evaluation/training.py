@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from ig_jax.evaluation import report
 from ig_jax.evaluation import run as evaluation
 from ig_jax.experiment import ToImages
 from ig_jax.models.functional import Params
-from ig_jax.record import Weights
+from ig_jax.record import Weights, describe_guidance
 from ig_jax.sampling.engine import Engine
 from ig_jax.storage.checkpoints import Score
 from ig_jax.training.callbacks import Callback, Moment, is_due
+from ig_jax.training.logs import Writer
 from ig_jax.training.setup import Setup
 
 
@@ -30,8 +32,7 @@ class DuringTraining(Callback):
 
     def on_due(self, moment: Moment) -> Score | None:
         scores = self._evaluate(moment.state.ema)
-        named = {f"evaluation/{name}": value for name, value in scores.items()}
-        moment.writer.write_scalars(moment.step, named)
+        moment.writer.write_scalars(moment.step, _named(scores, self._evaluate.about))
         return Score(self._evaluate.score_name, scores["fid"]) if scores else None
 
 
@@ -42,12 +43,22 @@ class AtEnd(Callback):
         self._setup, self._engine = setup, engine
         evaluation.check(setup.experiment, setup.source)  # what it will need, before training
 
-    def on_end(self, step: int, ema: Params) -> str:
+    def on_end(self, step: int, ema: Params, writer: Writer) -> str:
         setup = self._setup
         weights = Weights(ema, step, True, setup.config.train.ema_decay)
-        return evaluation.at_end(
-            setup.experiment, weights, setup.source, setup.workdir, self._engine
+        results = evaluation.evaluate(
+            setup.experiment, weights, setup.source, workdir=setup.workdir, engine=self._engine
         )
+        for result in results:
+            count = result.protocol["num_samples"]
+            about = f"{describe_guidance(result.protocol)} ({count:,} samples)"
+            writer.write_scalars(step, _named(result.metrics, about))
+        return report.report(results, setup.workdir)
+
+
+def _named(scores: Mapping[str, float], about: str) -> dict[str, float]:
+    """Scores as TensorBoard's: a plot for each score and way to sample."""
+    return {f"evaluation/{name} {about}": value for name, value in scores.items()}
 
 
 def callbacks(setup: Setup, engine: Engine, to_images: ToImages) -> Sequence[Callback]:

@@ -474,11 +474,11 @@ def _batched(
     replicated = NamedSharding(mesh, PartitionSpec())
     graphdef, params = functional.split(model)
     params = jax.device_put(params, replicated)
-    compiled = jax.jit(
-        lambda params, x: function(functional.merge(graphdef, params), x),
-        in_shardings=(replicated, split),
-        out_shardings=split,
-    )
+
+    def autoencoder(params: functional.Params, x: jax.Array) -> Any:
+        return function(functional.merge(graphdef, params), x)
+
+    compiled = jax.jit(autoencoder, in_shardings=(replicated, split), out_shardings=split)
 
     def results(examples: np.ndarray) -> Iterator[Any]:
         pending = None

@@ -234,7 +234,7 @@ def report(config: ConfigDict, programs: Sequence[str] = ("train step", "sampler
         compiled = []
         for name in programs:
             compiled.append(_compile(name, experiment, memory))
-            advance()
+            advance(text=f"{name} in {console.duration(compiled[-1].seconds)}")
     advice: dict[str, Any] | None = {}
     for program in compiled:
         if not program.fits and advice is not None:
@@ -435,6 +435,8 @@ def _smallest_change(
             experiment = Experiment.from_config(changed(config, change), devices)
         except InputError:
             continue
-        if _compile(name, experiment, memory).fits:
+        with console.stage(f"trying config.{field}={value}"):
+            fits = _compile(name, experiment, memory).fits
+        if fits:
             return change
     return None

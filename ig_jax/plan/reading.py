@@ -197,6 +197,7 @@ if __name__ == "__main__":
     console.quiet_libraries()
     console.forgive_output()
     try:
-        main()
+        with console.speaking():
+            main()
     except InputError as error:
         sys.exit(f"ig_jax: {error}")

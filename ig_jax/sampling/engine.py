@@ -101,14 +101,14 @@ def draw(
 def _program(settings: Settings, mesh: Mesh) -> Callable[..., jax.Array]:
     """Draws a batch over a mesh; one program for all engines that differ in weights only."""
 
-    def draw_all(branches: samplers.Branches, *arguments: Any) -> jax.Array:
+    def sample_batch(branches: samplers.Branches, *arguments: Any) -> jax.Array:
         def rows(*arguments: Any) -> jax.Array:
             return draw(settings, branches, False, *arguments)[0]
 
         # Weights are gathered once a batch, not at each of its hundreds of evaluations.
         return sharding.map_over_devices(mesh, rows, whole=3)(*arguments)
 
-    return jax.jit(draw_all, static_argnums=0, out_shardings=sharding.batch_sharding(mesh))
+    return jax.jit(sample_batch, static_argnums=0, out_shardings=sharding.batch_sharding(mesh))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -291,7 +291,8 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     drawn = draw_into(folder, engine, weights.params, options, seed, labels, to_images)
     hosts.wait_for_all("samples drawn")
     if is_primary():
-        _finish(folder, directory, labels, names, record)
+        with console.stage("writing samples.npz"):
+            _finish(folder, directory, labels, names, record)
     return (
         f"{len(indices)} samples of step {step} ({drawn} drawn now): "
         f"{directory}/samples.png, samples.npz and images/"

@@ -23,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint import path as orbax_path
 
 from ig_jax import config as config_lib
+from ig_jax import console
 from ig_jax.errors import InputError
 from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
@@ -298,9 +299,11 @@ class Checkpoints:
 
     def _restore(self, step: int, **items: Any) -> Any:
         folder = self.directory / str(step)
-        verified = manifest.check(folder, items, content=self._verify, shared=True)
+        with console.stage("checking the checkpoint"):
+            verified = manifest.check(folder, items, content=self._verify, shared=True)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with console.stage("reading the checkpoint"):
+                return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # what a damaged file raises depends on where it is damaged
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             if verified and self._verify:
@@ -315,11 +318,12 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk."""
-        self._manager.wait_until_finished()
+        with console.stage("writing the checkpoint"):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then releases threads."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 

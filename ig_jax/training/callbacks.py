@@ -10,7 +10,6 @@ import math
 import os
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from etils import epath
@@ -21,6 +20,7 @@ from ig_jax import console
 from ig_jax.errors import NotFiniteError
 from ig_jax.models.functional import Params
 from ig_jax.storage.checkpoints import Checkpoints, Score
+from ig_jax.training.logs import Writer
 from ig_jax.training.metrics import WHAT, Bad, StepClock, TrainMetrics, report
 from ig_jax.training.optimizer import learning_rate_schedule
 from ig_jax.training.state import StepMetrics, TrainState
@@ -41,13 +41,13 @@ class Moment:
         step: its number; the first is 1.
         state: the training state after it. The next step overwrites it: keep nothing of it.
         metrics: its scalars, on the devices and perhaps still being computed.
-        writer: CLU's metric writer.
+        writer: takes numbers and pictures.
     """
 
     step: int
     state: TrainState
     metrics: StepMetrics
-    writer: Any
+    writer: Writer
 
 
 class Callback:
@@ -73,12 +73,13 @@ class Callback:
             What ranks the checkpoint of this step, if it has one; the last callback to say decides.
         """
 
-    def on_end(self, step: int, ema: Params) -> str:
+    def on_end(self, step: int, ema: Params, writer: Writer) -> str:
         """After the last step, once all is saved and closed; says what it did, if anything.
 
         Args:
             step: the last one.
             ema: its EMA weights on the mesh.
+            writer: takes numbers and pictures.
         """
         return ""
 
@@ -121,9 +122,15 @@ class Report(Callback):
         self._blame, self._skipped = blame, 0
         self._totals = TrainMetrics.empty()
         self._recent: collections.deque[float] = collections.deque(maxlen=_RECENT)
+        # Losses of steps that the devices may still be at.
+        self._pending: collections.deque[jax.Array] = collections.deque()
 
     def on_step(self, moment: Moment) -> None:
         self._totals = self._accumulate(self._totals, moment.state.step, moment.metrics)
+        self._pending.append(moment.metrics.loss)
+        while self._pending and self._pending[0].is_ready():
+            self._pending.popleft()
+            self._advance()
 
     def due(self, step: int, saving: bool) -> bool:
         return saving or is_due(self._train.log_every, step)
@@ -143,13 +150,15 @@ class Report(Callback):
             values["skipped_updates"] = bad.count if bad else 0
         self._warn_of_spike(moment.step, values)
         rate = steps / self._clock.lap()
-        values |= {
-            "learning_rate": float(self._schedule(moment.step - 1)),
-            "steps_per_second": rate,
-            "images_per_second": rate * self._train.batch_size,
-        }
-        moment.writer.write_scalars(moment.step, values)
-        self._advance(steps, f"loss {values['loss']:.4f}  {rate:.1f} steps/s")
+        values["learning_rate"] = float(self._schedule(moment.step - 1))
+        speed = {"steps_per_second": rate, "images_per_second": rate * self._train.batch_size}
+        named = {f"train/{name}": value for name, value in values.items()}
+        named |= {f"speed/{name}": value for name, value in speed.items()}
+        moment.writer.write_scalars(moment.step, named)
+        names = ("loss_final", "loss_auxiliary", "gradient_norm", "learning_rate")
+        details = [f"{name.replace('_', ' ')} {values[name]:.4g}" for name in names]
+        self._advance(len(self._pending), f"loss {values['loss']:.4f}", ", ".join(details))
+        self._pending.clear()
         self._totals, self._reported = TrainMetrics.empty(), moment.step
 
     def _warn_of_spike(self, step: int, values: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from ig_jax import pictures
+from ig_jax import console, pictures
 from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.errors import NotFiniteError
 from ig_jax.experiment import ToImages
@@ -17,6 +17,7 @@ from ig_jax.parallel.processes import is_primary
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import choose_labels
 from ig_jax.training.callbacks import Callback, Moment, is_due
+from ig_jax.training.logs import Writer
 from ig_jax.training.setup import Setup
 
 log = logging.getLogger("ig_jax")
@@ -65,7 +66,8 @@ class SampleGrid(_Grid):
 
     def on_due(self, moment: Moment) -> None:
         count = min(self._setup.config.sampler.num_samples, 64)
-        x, labels = self._draw(moment.state.ema, count)
+        with console.stage("drawing the sample grid"):
+            x, labels = self._draw(moment.state.ema, count)
         if not is_primary():
             return
         try:
@@ -75,15 +77,19 @@ class SampleGrid(_Grid):
             return
         grid = pictures.labelled_grid(images, self._names(labels))
         self._save(f"step_{moment.step:07d}.png", grid)
+        moment.writer.write_images(
+            moment.step, {"samples/grid": np.asarray(pictures.on_white(grid))}
+        )
 
 
 class ScaleGrid(_Grid):
     """At the end, a grid of the same noise and labels at each IG scale, a row each."""
 
-    def on_end(self, step: int, ema: Params) -> str:
+    def on_end(self, step: int, ema: Params, writer: Writer) -> str:
         config = self._setup.config
         scales = config.evaluation.ig_scales or (1.0, config.guidance.ig_scale)
-        drawn = [self._draw(ema, 10, ig_scale=float(scale)) for scale in scales]
+        with console.stage("drawing the same noise at each scale"):
+            drawn = [self._draw(ema, 10, ig_scale=float(scale)) for scale in scales]
         if is_primary():
             rows, names = [f"w = {scale:g}" for scale in scales], self._names(drawn[0][1])
             x = self._to_images(np.concatenate([x for x, _ in drawn]))
@@ -92,4 +98,5 @@ class ScaleGrid(_Grid):
             else:
                 grid = pictures.picture_table(x.reshape(len(rows), 10, *x.shape[1:]), rows, names)
             self._save("scales.png", grid)
+            writer.write_images(step, {"samples/scales": np.asarray(pictures.on_white(grid))})
         return f"the same noise at each: {self._path('scales.png')}"

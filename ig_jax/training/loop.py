@@ -9,12 +9,11 @@ import functools
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from ig_jax import console, pictures, stops
+from ig_jax import console, stops
 from ig_jax.errors import Stopped
 from ig_jax.models.functional import Params
 from ig_jax.parallel.processes import is_primary
@@ -25,6 +24,7 @@ from ig_jax.storage.lock import hold
 from ig_jax.streams import stream
 from ig_jax.training import setup as setup_lib
 from ig_jax.training.callbacks import Callback, Moment, Report, is_due
+from ig_jax.training.logs import Logs, open_logs
 from ig_jax.training.metrics import StepClock
 from ig_jax.training.setup import Setup, open_batches
 from ig_jax.training.state import TrainState
@@ -64,13 +64,16 @@ def train(setup: Setup, callbacks: Sequence[Callback] = ()) -> Trained:
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
     several = jax.process_count() > 1
-    with stops.request(forward=several) as stop, contextlib.ExitStack() as stack:
-        state = _run(setup, callbacks, stack, stop)
-    step, ema = int(state.step), state.ema
-    if stop.asked:
-        raise Stopped(f"stopped after the last step, {step}; the same command does what is left")
-    del state  # the rest of it is not needed any more, and large
-    said = [callback.on_end(step, ema) for callback in callbacks]
+    with contextlib.ExitStack() as kept:
+        with stops.request(forward=several) as stop, contextlib.ExitStack() as stack:
+            state, logs = _run(setup, callbacks, stack, kept, stop)
+        step, ema = int(state.step), state.ema
+        if stop.asked:
+            raise Stopped(
+                f"stopped after the last step, {step}; the same command does what is left"
+            )
+        del state  # the rest of it is not needed any more, and large
+        said = [callback.on_end(step, ema, logs) for callback in callbacks]
     return Trained(step, ema, tuple(filter(None, said)))
 
 
@@ -78,16 +81,16 @@ def _run(
     setup: Setup,
     callbacks: Sequence[Callback],
     stack: contextlib.ExitStack,
+    kept: contextlib.ExitStack,
     stop: stops.Request,
-) -> TrainState:
-    """Opens what the steps need and takes them; what must be closed is left to `stack`."""
+) -> tuple[TrainState, Logs]:
+    """Opens what the steps need and takes them; what must be closed is left to `stack`, and what
+    the end still needs to `kept`."""
     config = setup.config
     for callback in callbacks:
         stack.callback(callback.close)
     setup.workdir.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context(hold(setup.workdir))
-    writer = _open_writer(setup)
-    stack.callback(writer.close)
+    lock = kept.enter_context(hold(setup.workdir))
     checkpoints = Checkpoints(
         setup.workdir,
         max_to_keep=config.train.max_to_keep,
@@ -99,8 +102,8 @@ def _run(
     _announce(state.params, first_step, config.train.num_steps)
     if setup.changes:
         _record_changes(setup, first_step)
-    # Also of a continued run, whose options may be others.
-    writer.write_hparams(_flat(config))
+    logs = open_logs(config, setup.workdir, first_step)
+    kept.callback(logs.close)
     batches = open_batches(config, setup.source, setup.experiment.mesh, data_state)
     stack.callback(batches.close)
     bar = console.progress_bar(config.train.num_steps, "training", first_step)
@@ -111,7 +114,7 @@ def _run(
     report = Report(config, first_step, add, clock, checkpoints, advance, blame)
     callbacks = (report, *callbacks)
     steps = range(first_step + 1, config.train.num_steps + 1)
-    for moment in _steps(setup, state, batches, steps, writer):
+    for moment in _steps(setup, state, batches, steps, logs):
         stop.defer()  # now that there is something to save
         state, step = moment.state, moment.step
         for callback in callbacks:
@@ -133,15 +136,7 @@ def _run(
         if stopping and step < config.train.num_steps:
             checkpoints.wait()
             raise Stopped(f"stopped at step {step}, checkpoint saved; {_CONTINUES}{setup.workdir}")
-    return state
-
-
-def _open_writer(setup: Setup) -> Any:
-    from clu import metric_writers
-
-    return metric_writers.create_default_writer(
-        str(setup.workdir), just_logging=not is_primary(), asynchronous=True
-    )
+    return state, logs
 
 
 def _steps(
@@ -149,13 +144,13 @@ def _steps(
     state: TrainState,
     batches: Iterator[dict[str, jax.Array]],
     steps: Sequence[int],
-    writer: Any,
+    logs: Logs,
 ) -> Iterator[Moment]:
     """Takes the steps, one each time it is asked for the next."""
     key = stream(setup.config.seed, "training")
     for step in steps:
         state, metrics = wait_if_simulated(setup.programs.step(state, next(batches), key))
-        yield Moment(step, state, metrics, writer)
+        yield Moment(step, state, metrics, logs)
 
 
 def _saves(config: ConfigDict, callbacks: Sequence[Callback], step: int) -> bool:
@@ -188,15 +183,3 @@ def _record_changes(setup: Setup, step: int) -> None:
     with write_atomically(path) as partial:
         entry = {"step": step, "changes": list(setup.changes)}
         partial.write_text(json.dumps([*before, entry], indent=1) + "\n")
-
-
-def _flat(config: ConfigDict) -> dict[str, Any]:
-    """A config as flat names and plain values, for TensorBoard's hyperparameters."""
-    flat = {}
-    for section, values in config.items():
-        pairs = values.items() if isinstance(values, ConfigDict) else [(None, values)]
-        for name, value in pairs:
-            if isinstance(value, str | tuple):  # a path need not be UTF-8
-                value = pictures.printable(str(value))
-            flat[f"{section}.{name}" if name else section] = value
-    return flat

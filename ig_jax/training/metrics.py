@@ -1,5 +1,5 @@
-"""Training metrics: accumulated on devices with CLU, written by CLU's writers, watched for losses
-that stopped being numbers; and the clock that times the steps."""
+"""Training metrics: accumulated on devices with CLU, watched for losses that
+stopped being numbers; and the clock that times the steps."""
 
 # No `from __future__ import annotations`: CLU reads the annotations as types.
 import contextlib

@@ -26,6 +26,7 @@ from ig_jax.parallel import sharding
 from ig_jax.paths import resolve
 from ig_jax.storage.checkpoints import FOLDER, Checkpoints, resumed_config
 from ig_jax.streams import stream
+from ig_jax.training import logs
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training import optimizer as optimizer_lib
 from ig_jax.training import state as state_lib
@@ -150,6 +151,7 @@ class Setup:
     def from_config(cls, config: ConfigDict, workdir: epath.PathLike) -> Setup:
         """Checks everything that can be checked before anything is written; raises `InputError`."""
         config_lib.check_training(config)
+        logs.check(config)
         experiment = Experiment.from_config(config)
         source = experiment.open_data()
         workdir = resolve(workdir)

@@ -173,7 +173,7 @@ def make_train_step(
     """
     gradient = make_gradient(bind, options)
 
-    def step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, StepMetrics]:
+    def train_step(state: TrainState, batch: Any, key: jax.Array) -> tuple[TrainState, StepMetrics]:
         key = jax.random.fold_in(key, state.step)
         grads, means = gradient(state.params, batch, key, state.step)
         updates, optimizer = transform.update(grads, state.optimizer, state.params)
@@ -193,4 +193,4 @@ def make_train_step(
             new = jax.tree.map(lambda a, b: jnp.where(metrics.healthy, a, b), new, kept)
         return new, metrics
 
-    return step
+    return train_step

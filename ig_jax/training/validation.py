@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ig_jax import console
 from ig_jax.data.pipeline import model_input
 from ig_jax.data.source import DataSource
 from ig_jax.diffusion import interpolant
@@ -123,8 +124,9 @@ class Validation(Callback):
         return there and (saving or is_due(every, step))
 
     def on_due(self, moment: Moment) -> Score | None:
-        score = Score("validation_loss", self.loss(moment.state.ema))
-        moment.writer.write_scalars(moment.step, {score.name: score.value})
+        with console.stage("validating"):
+            score = Score("validation_loss", self.loss(moment.state.ema))
+        moment.writer.write_scalars(moment.step, {"validation/loss": score.value})
         return None if self._setup.config.evaluation.every else score
 
     def loss(self, params: Params) -> float:

@@ -52,6 +52,8 @@ def add_irregular(root):
     folder.mkdir()
     jpeg = encoded(small, "JPEG")
     sixteen = Image.fromarray(np.asarray(small.convert("L")).astype(np.uint16) * 257)
+    see_through = small.convert("RGBA")
+    see_through.putpixel((0, 0), (0, 0, 0, 0))
     files = {
         "broken.jpg": jpeg[: len(jpeg) // 2],
         "cmyk.jpg": encoded(small.convert("CMYK"), "JPEG"),
@@ -60,7 +62,7 @@ def add_irregular(root):
         "sixteen.png": encoded(sixteen),
         "text.jpg": b"no picture",
         "tiny.png": encoded(small.resize((7, 5))),
-        "transparent.png": encoded(small.convert("RGBA")),
+        "transparent.png": encoded(see_through),
         "notes.txt": b"ignored",
     }
     for name, data in files.items():

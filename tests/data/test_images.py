@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ig_jax import pictures
 from ig_jax.data import images
@@ -62,6 +62,66 @@ def test_modes_become_rgb():
         picture = images.decode(encoded(image, kind), SIZE)
         assert (picture.converted, picture.enlarged) == (mode, False)
         np.testing.assert_allclose(picture.pixels, expected, atol=2)
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_photographs_stand_upright(tmp_path, turn):
+    """As Pillow would show them; pictures from TFDS lie as ADM takes them."""
+    exif = Image.Exif()
+    exif[274] = turn
+    photo().resize((40, 24)).save(tmp_path / "a.png", exif=exif)
+    shown = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    shown = images.center_crop(Image.fromarray(shown), SIZE)
+    x = images.open_folder(str(tmp_path), SIZE).train[0]["x"]
+    np.testing.assert_array_equal(x, shown)
+    lying = images.decode((tmp_path / "a.png").read_bytes(), SIZE, turned=False).pixels
+    assert np.array_equal(lying, shown) == (turn == 1)
+    assert images.ImageFolder(str(tmp_path)).turned and not images.TfdsImages.turned
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
+def test_white_shows_where_a_picture_is_transparent(mode):
+    grey = Image.new("L", (SIZE, SIZE), 100)
+    if mode in ("RGBA", "LA"):
+        image = grey.convert(mode)
+        alpha = np.repeat(np.uint8([[255], [0]]), SIZE // 2, 0).repeat(SIZE, 1)
+        image.putalpha(Image.fromarray(alpha))
+        more = {}
+    else:
+        image = grey.convert(mode)
+        image.paste(Image.new(mode, (SIZE, SIZE // 2), 0), (0, SIZE // 2))
+        more = {"transparency": (0, 0, 0) if mode == "RGB" else image.getpixel((0, SIZE - 1))}
+    picture = images.decode(encoded(image, **more), SIZE)
+    assert picture.converted == f"{mode}, on white"
+    np.testing.assert_array_equal(np.unique(picture.pixels[: SIZE // 2]), 100)
+    np.testing.assert_array_equal(np.unique(picture.pixels[SIZE // 2 :]), 255)
+
+
+def test_training_on_pixels_reports_what_is_irregular(tree, caplog):
+    caplog.set_level("INFO", "ig_jax")
+    images.open_folder(tree[0], SIZE)
+    (said,) = (r.getMessage() for r in caplog.records if "looked at" in r.getMessage())
+    assert said.startswith("of 26 images looked at: ") and "1 enlarged (odd/tiny.png)" in said
+    for mode, name in (("CMYK", "cmyk.jpg"), ("L", "grey.jpg"), ("RGBA", "transparent.png")):
+        assert f"1 converted from {mode} (odd/{name})" in said
+    assert "1 put on white (odd/transparent.png)" in said
+    caplog.clear()
+    regular = images.ImageFolder(tree[0])
+    regular._labels, regular._names = regular._labels[:9], regular._names[:9]
+    assert images.survey(regular, SIZE) == ""
+
+
+def test_a_wrong_size_names_the_flags(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "b.png")
+    config = tiny_config()
+    config.model.update(channels=3, num_classes=0, input_size=16)
+    config.data.update(name="folder", path=str(tmp_path), image_size=8, num_validation=0)
+    message = (
+        "config.data.image_size is 8: the network takes 16×16 .--config.data.image_size=16 crops "
+        "to that, or --config.model.input_size=8"
+    )
+    with pytest.raises(InputError, match=message):
+        Experiment.from_config(config).open_data()
 
 
 def tiff(values, bits):
@@ -323,6 +383,7 @@ def tfds_directory(tmp_path_factory):
     return str(directory)
 
 
+@pytest.mark.tensorflow
 def test_tfds(tfds_directory):
     opened = images.open_images("tfds:tiny_pictures@train[2:]", tfds_directory)
     assert len(opened) == 8 and opened.class_names == ("cat", "dog")
@@ -339,6 +400,7 @@ def test_tfds(tfds_directory):
     assert found == expected
 
 
+@pytest.mark.tensorflow
 def test_tfds_bad_input(tfds_directory, tmp_path):
     with pytest.raises(InputError, match="no split 'valid': expected one of train"):
         images.TfdsImages("tiny_pictures", "valid", tfds_directory)
@@ -350,6 +412,12 @@ def test_tfds_bad_input(tfds_directory, tmp_path):
         images.TfdsImages("cifar10", "train", str(tmp_path))
     with pytest.raises(InputError, match="no data set 'cifar11'.*did you mean cifar10"):
         images.TfdsImages("cifar11", "train", str(tmp_path))
+
+
+def test_tfds_without_tensorflow(monkeypatch):
+    monkeypatch.setattr(images.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="TFDS cifar10 needs TensorFlow, .* images as a folder"):
+        images.open_images("tfds:cifar10")
 
 
 def test_a_folder_without_classes_is_unlabelled(tmp_path):

@@ -35,7 +35,8 @@ def undisturbed(tree, tmp_path_factory):
     path = tmp_path_factory.mktemp("latents") / "whole"
     line = run(tree[0], path, twins=True)
     assert line.startswith("23 images of 3 classes as latents of shape (4, 4, 4) in 6 shards")
-    assert "3 skipped, 4 converted, 1 enlarged: listed in index.json" in line
+    converted = "4 converted, 1 of them transparent and put on white"
+    assert f"3 skipped, {converted}, 1 enlarged: listed in index.json" in line
     return path
 
 

@@ -4,8 +4,11 @@ import types
 
 import pytest
 
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.evaluation import run as evaluation
 from ig_jax.evaluation import training
+from ig_jax.evaluation.report import Result
+from ig_jax.record import guidance_record
 from ig_jax.storage.checkpoints import Score
 from ig_jax.training.callbacks import Moment
 from tests.common import tiny_config
@@ -28,7 +31,7 @@ def test_scores_during_training_are_written_and_rank_checkpoints(setup, monkeypa
     scores = {"fid": 3.5, "recall": 0.5}
 
     class Evaluation:
-        score_name = "fid-of-this-kind"
+        score_name, about = "fid-of-this-kind", "IG 1.5 (64 samples)"
 
         def __init__(self, *given):
             assert given[:3] == (0, 1, "there")
@@ -45,7 +48,8 @@ def test_scores_during_training_are_written_and_rank_checkpoints(setup, monkeypa
     writer = types.SimpleNamespace(write_scalars=written.__setitem__)
     moment = Moment(4, types.SimpleNamespace(ema="weights"), None, writer)
     assert callback.on_due(moment) == Score("fid-of-this-kind", 3.5)
-    assert written == {4: {"evaluation/fid": 3.5, "evaluation/recall": 0.5}}
+    about = Evaluation.about
+    assert written == {4: {f"evaluation/fid {about}": 3.5, f"evaluation/recall {about}": 0.5}}
     scores = {}  # of samples that are not finite
     assert callback.on_due(moment) is None
 
@@ -54,7 +58,16 @@ def test_the_end_is_reported_of_the_trained_weights(setup, monkeypatch):
     setup.config.evaluation.every = 0
     checked = []
     monkeypatch.setattr(evaluation, "check", lambda *given: checked.append(given))
-    monkeypatch.setattr(evaluation, "at_end", lambda _, weights, *rest: f"step {weights.step}")
+
+    def evaluate(experiment, weights, *_, **__):
+        protocol = guidance_record(GuidanceOptions(ig_scale=1.5)) | {"num_samples": 2000}
+        return [Result({"fid": 10.0 + weights.step}, protocol)]
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    monkeypatch.setattr(training.report, "report", lambda results, workdir: f"in {workdir}")
     (callback,) = training.callbacks(setup, "engine", None)
     assert checked == [(0, 1)]  # before the first step
-    assert callback.on_end(6, {}) == "step 6"
+    written = {}
+    writer = types.SimpleNamespace(write_scalars=written.__setitem__)
+    assert callback.on_end(6, {}, writer) == "in there"
+    assert written == {6: {"evaluation/fid IG 1.5 (2,000 samples)": 16.0}}

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clu.metric_writers import async_writer
 
 from ig_jax import stops
 from ig_jax.data import pipeline
@@ -20,7 +19,7 @@ from ig_jax.errors import InputError, NotFiniteError, Stopped
 from ig_jax.experiment import Experiment
 from ig_jax.parallel import sharding
 from ig_jax.storage.checkpoints import Checkpoints, Score, saved_config
-from ig_jax.training import loop, run
+from ig_jax.training import logs, loop, run
 from ig_jax.training import setup as setup_lib
 from ig_jax.training import state as state_lib
 from ig_jax.training.callbacks import Callback, Profile
@@ -314,13 +313,11 @@ def test_updates_that_are_not_finite_can_be_skipped_and_are_counted(tmp_path, ca
     config = tiny_config(not_finite="skip", log_every=3, validate_every=0)
     setup = with_step(Setup.from_config(config, tmp_path), poisoned_at(2))
     written = []
-    monkeypatch.setattr(
-        async_writer.AsyncMultiWriter, "write_scalars", lambda self, *row: written.append(row)
-    )
+    monkeypatch.setattr(logs.Logs, "write_scalars", lambda self, *row: written.append(row))
     with caplog.at_level("WARNING", "ig_jax"):
         loop.train(setup)
-    assert [(step, v["skipped_updates"]) for step, v in written] == [(3, 1), (6, 0)]
-    assert all(np.isfinite(v["loss"]) for _, v in written)
+    assert [(step, v["train/skipped_updates"]) for step, v in written] == [(3, 1), (6, 0)]
+    assert all(np.isfinite(v["train/loss"]) for _, v in written)
     (line,) = (r.getMessage() for r in caplog.records if r.name == "ig_jax")
     assert line.startswith("the loss is not finite at step 2, nor is") and "1 updates" in line
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(weights(tmp_path, config)))
@@ -423,7 +420,7 @@ def test_what_was_opened_is_closed_however_a_run_ends(ending, tmp_path, monkeypa
 
     setup = Setup.from_config(tiny_config(num_steps=3, log_every=1), tmp_path)
     watch(Watched, "callback")
-    watch(async_writer.AsyncMultiWriter, "writer")
+    watch(logs.Logs, "logs")
     watch(Checkpoints, "checkpoints")
     watch(pipeline.BatchIterator, "data")
     callback, wrap, error = ENDINGS[ending]
@@ -431,7 +428,7 @@ def test_what_was_opened_is_closed_however_a_run_ends(ending, tmp_path, monkeypa
     with pytest.raises(error) if error else contextlib.nullcontext():
         loop.train(setup, [Watched(), *filter(None, [callback])])
     # Of what is not finite the data are opened once more, to name the example.
-    assert sorted(set(closed)) == ["callback", "checkpoints", "data", "writer"]
+    assert sorted(set(closed)) == ["callback", "checkpoints", "data", "logs"]
 
 
 class Evaluation(Callback):
@@ -445,7 +442,7 @@ class Evaluation(Callback):
     def on_due(self, moment):
         return Score("mine", float(moment.step))
 
-    def on_end(self, step, ema):
+    def on_end(self, step, ema, writer):
         return f"{len(ema)} parameters"
 
 

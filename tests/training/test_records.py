@@ -5,11 +5,10 @@ import types
 
 import numpy as np
 import pytest
-from clu import metric_writers
 
 from ig_jax.data.source import DataSource
 from ig_jax.errors import NotFiniteError
-from ig_jax.training import loop, run
+from ig_jax.training import logs, loop, run
 from ig_jax.training import metrics as metrics_lib
 from ig_jax.training.callbacks import Callback
 from ig_jax.training.setup import Setup
@@ -43,20 +42,24 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def written(monkeypatch):
-    """What goes to the metric writer: scalars by step, and hyperparameters."""
-    written = types.SimpleNamespace(scalars={}, hparams=[])
+    """What goes to the writers: scalars and pictures by step, and hyperparameters."""
+    written = types.SimpleNamespace(scalars={}, images={}, hparams=[])
 
     class Writer:
         def write_scalars(self, step, scalars):
             written.scalars.setdefault(step, {}).update(scalars)
 
-        def write_hparams(self, hparams):
-            written.hparams.append(hparams)
+        def write_images(self, step, images):
+            written.images.setdefault(step, {}).update(images)
 
         def close(self):
             pass
 
-    monkeypatch.setattr(metric_writers, "create_default_writer", lambda *_, **__: Writer())
+    def open_logs(config, workdir, first_step):
+        written.hparams.append(logs.hyperparameters(config))
+        return Writer()
+
+    monkeypatch.setattr(loop, "open_logs", open_logs)
     return written
 
 
@@ -93,8 +96,11 @@ def test_speed_is_that_of_the_steps_alone(clock, written, tmp_path, monkeypatch)
     step = clock.taking(0.5, setup.programs.step)
     setup = dataclasses.replace(setup, programs=dataclasses.replace(setup.programs, step=step))
     loop.train(setup, [Validation(setup), Slow(clock)])
-    assert [written.scalars[step]["steps_per_second"] for step in range(1, 7)] == [2.0] * 6
-    assert [written.scalars[step]["images_per_second"] for step in range(1, 7)] == [64.0] * 6
+    speeds = [written.scalars[step] for step in range(1, 7)]
+    assert [found["speed/steps_per_second"] for found in speeds] == [2.0] * 6
+    assert [found["speed/images_per_second"] for found in speeds] == [64.0] * 6
+    assert speeds[1]["validation/loss"] == 1.0 and "validation/loss" not in speeds[0]
+    assert {"train/loss", "train/learning_rate", "train/gradient_norm"} < set(speeds[0])
     assert clock.now > 20_000
 
 
@@ -102,7 +108,7 @@ def test_a_continued_run_records_what_it_does_and_not_what_was_asked(written, tm
     ended = []
 
     class Evaluation(Callback):
-        def on_end(self, step, ema):
+        def on_end(self, step, ema, writer):
             ended.append(step)
             return "scored"
 
@@ -116,6 +122,8 @@ def test_a_continued_run_records_what_it_does_and_not_what_was_asked(written, tm
     assert train(1) == "trained 3 steps; scored"
     assert "nothing to train: config.train.num_steps is 1" in caplog.text
     assert ended == [2, 3, 3]
+    assert [list(found) for found in written.images.values()] == [["samples/grid"]] * 2
+    assert written.images[2]["samples/grid"].ndim == 3
     grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert grids == ["step_0000002.png", "step_0000003.png"]
 
@@ -129,7 +137,7 @@ def test_the_last_line_and_the_grid_of_scales(written, tmp_path):
     assert run.run(config, str(tmp_path), lambda *_: []) == (
         f"trained 1 steps; the same noise at each: {path}"
     )
-    assert path.exists()
+    assert path.exists() and written.images[1]["samples/scales"].shape[-1] == 3
 
 
 def test_a_run_that_fails_before_its_first_checkpoint_promises_none(tmp_path):
