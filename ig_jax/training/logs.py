@@ -211,11 +211,12 @@ def _tensorboard(config: ConfigDict, workdir: epath.Path, first_step: int) -> Wr
     # Of all hyperparameters TensorBoard would show the first five in alphabetical order.
     columns = [api.HParam(name) for name in interesting(config)]
     metrics = [api.Metric(name) for name in _METRICS]
-    first = [event_pb2.Event(summary=api.hparams_config_pb(columns, metrics))]
-    if first_step:
-        # It forgets later steps, which are taken again.
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        first.append(event_pb2.Event(step=first_step + 1, session_log=start))
+    # At the second start that it reads, it forgets later steps, which are taken again.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    first = (
+        event_pb2.Event(summary=api.hparams_config_pb(columns, metrics)),
+        event_pb2.Event(step=first_step + 1, session_log=start),
+    )
     writer = EventFileWriter(str(workdir))
     for event in first:
         event.wall_time = time.time()

@@ -23,9 +23,10 @@ def lines(workdir):
 
 def events(workdir):
     """What TensorBoard reads."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing import plugin_event_accumulator
 
-    found = EventAccumulator(str(workdir))
+    everything = {plugin_event_accumulator.TENSORS: 0}
+    found = plugin_event_accumulator.EventAccumulator(str(workdir), everything)
     found.Reload()
     return found
 
