@@ -50,6 +50,7 @@ Flags
   --step=STEP         sample, evaluate or sweep this checkpoint: last, best, or its number (last if
                       left out)
   --import=FILE       a file of yours that adds guidance rules, samplers, networks, …
+  --name=NAME         with --mode=reproduce: published weights
   --guidance=best     sample or evaluate with what --mode=sweep found
   --fast              ablate and toy: a look in minutes, with config.ablation.fast's numbers
   --compare A B       with --mode=evaluate: how the protocols of two results differ
@@ -98,6 +99,12 @@ def _benchmark(config: ConfigDict, workdir: str) -> str:
     return _room("plan.benchmark").run(config, workdir, _SWEEP.value)
 
 
+def _reproduce(config: ConfigDict, workdir: str, name: str) -> str:
+    from ig_jax.evaluation import reproduce
+
+    return reproduce.run(config, workdir, name)
+
+
 def _compile(config: ConfigDict, workdir: str) -> str:
     return _room("plan.fit").run(config, workdir, _SWEEP.value)
 
@@ -111,6 +118,7 @@ MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "sweep": ("search the best guidance for a workdir's model", _sweep),
     "ablate": ("ask a config's questions of small networks: tables and figures", _ablate),
     "toy": ("re-derive the paper's 2-D toy: its figure, and a table over seeds", _toy),
+    "reproduce": ("a published number from nothing: --name=sit-xl-2-ig", _reproduce),
     "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
     "benchmark": ("time training, sampling, decoding and reading here; --sweep", _benchmark),
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
@@ -137,6 +145,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _FAST = flags.DEFINE_bool(
     "fast", False, "ablate and toy: with the seeds, steps and samples of config.ablation.fast"
+)
+_NAME = flags.DEFINE_string(
+    "name", None, "with --mode=reproduce: the published weights, such as sit-xl-2-ig"
 )
 _STEP = flags.DEFINE_string(
     "step", "last", "of the checkpoint to sample, evaluate or sweep: last, best, or its number"
@@ -204,7 +215,16 @@ def define_config(argv: list[str]) -> None:
     """
     imports = extensions.load(_arguments(argv, "import"))
     workdir, files = _argument(argv, "workdir"), _take(argv, "config")
-    if files:
+    if _argument(argv, "mode") == "reproduce":
+        from ig_jax.evaluation import reproduce
+
+        if files or not (name := _argument(argv, "name")):
+            raise InputError(
+                "--mode=reproduce: expected --name=NAME of published weights (sit-xl-2-ig), whose "
+                "config is known, and no --config=FILE"
+            )
+        config = reproduce.starting_config(name)
+    elif files:
         config = extensions.read_config(files[-1])
     elif workdir:
         from ig_jax.storage.checkpoints import parse_step, resumed_config, saved_config
@@ -311,8 +331,9 @@ def _workdir(mode: str) -> str | None:
     raise InputError("--workdir=DIR expected: where checkpoints and results go")
 
 
-def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]:
-    """The step of the checkpoint to read, for modes that read one; raises `InputError`."""
+def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int | str]:
+    """The step of the checkpoint to read, or the name, for modes that take one; raises
+    `InputError`."""
     from ig_jax.storage.checkpoints import find_step, parse_step
 
     pictures = mode == "evaluate" and config.evaluation.samples
@@ -324,7 +345,9 @@ def _which(mode: str, config: ConfigDict, workdir: str | None) -> dict[str, int]
             f"--step has no meaning with --mode={mode}{with_samples}: expected it with "
             f"{', '.join(_READ_CHECKPOINT)} only"
         )
-    return {}
+    if _NAME.present and mode != "reproduce":
+        raise InputError(f"--name has no meaning with --mode={mode}: expected --mode=reproduce")
+    return {"name": _NAME.value} if mode == "reproduce" else {}
 
 
 def main(argv: list[str] | None = None) -> int:

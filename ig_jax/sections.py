@@ -30,7 +30,7 @@ class DataOptions:
     path: str = _free(
         "",
         "prepared latents (to sample converted weights, their latents_stats.pt "
-        "alone), a folder of class/image files, or TFDS' data directory",
+        "alone), a folder of class/image files, TFDS' data directory, or the place for own samples",
         path=True,
     )
     tfds_name: str = field("", "the data set's name in TFDS, such as cifar10")
@@ -210,7 +210,8 @@ class EvaluationOptions:
     """How samples are scored."""
 
     features: str = _free(
-        "auto", "a feature extractor; auto: the classifier on digits, Inception on pictures"
+        "auto",
+        "a feature extractor; auto: a classifier on digits and photos, Inception on pictures",
     )
     inception_path: str = _free("", "Inception's weights", path=True)
     dinov2_path: str = _free(
@@ -226,6 +227,9 @@ class EvaluationOptions:
     )
     num_samples: int = _free(50_000, "samples to score", limits=_SEVERAL)
     ig_scales: tuple[float, ...] = _free((), "IG scales to score; empty: the config's guidance")
+    fid_targets: tuple[float, ...] = _free(
+        (), "k of `epochs to FID <= k`, read from the log of a training that evaluated"
+    )
     every: int = _free(
         0, "steps between evaluations during training; 0: never", limits=checks.COUNT_OR_NONE
     )

@@ -24,6 +24,7 @@ from huggingface_hub import constants
 
 import ig_jax
 from ig_jax import hub, recipes
+from ig_jax.convert import inception as convert_inception
 from ig_jax.convert.workdir import save_workdir
 from ig_jax.diffusion.guidance import (
     Auxiliary,
@@ -34,7 +35,10 @@ from ig_jax.diffusion.guidance import (
     Term,
 )
 from ig_jax.errors import InputError
+from ig_jax.evaluation import reproduce
+from ig_jax.evaluation.extractors import EXTRACTORS, Features
 from ig_jax.models.autoencoder import AUTOENCODERS, AutoencoderSpec, PublishedAutoencoder
+from ig_jax.recipes import RECIPES, Recipe, Result
 from ig_jax.storage import weight_files
 from tests.common import golden, seeded_weights
 from tests.release import random_weights, release_shapes
@@ -473,3 +477,107 @@ def test_the_table_is_the_papers():
     cfg = hub.PUBLISHED["lightningdit-xl-1-ig"].cfg_guidance
     expected = ig_jax.Guidance(1.4, cfg_scale=1.45, cfg_interval=(0.19, 1.0))
     assert cfg.record() == expected.record()
+
+
+class Pixels:
+    """Pictures as they are, under Inception's name, opened from the file that was downloaded."""
+
+    name, gives, width, spatial_width = "inception-stand-in", ("pool",), 192, None
+    resize = fingerprint = "none"
+
+    def __init__(self, evaluation, mesh):
+        assert pathlib.Path(evaluation.inception_path).read_bytes() == b"inception"
+
+    def __call__(self, images):
+        return Features(images.reshape(len(images), -1).astype("float32"))
+
+
+@pytest.fixture
+def reproducible(server, monkeypatch, tmp_path):
+    """The stand-in hub with a recipe, Inception and a reference: `run(*flags)` of the command."""
+    small = dict(width=32, depth=3, heads=2, auxiliary_depth=1, input_size=4, num_classes=10)
+    recipe = Recipe(
+        "sit",
+        "s",
+        config=dict(
+            model=small,
+            data=dict(autoencoder="sd-small", image_size=8),
+            guidance=dict(ig_scale=1.4),
+            sampler=dict(name="euler", num_steps=2, batch_size=16),
+        ),
+        results=(
+            Result(40, 9.0),
+            Result(80, 5.31, inception_score=147.7),
+            Result(80, 4.5, changes={"guidance.cfg_scale": 1.5}),
+        ),
+        repository="lab/ig",
+        file="SiT/",
+        epochs=80,
+    )
+    monkeypatch.setitem(RECIPES, "sit-small-ig", recipe)
+    monkeypatch.setitem(hub.PUBLISHED, "sit-small-ig", hub._published("sit-small-ig", recipe))
+    monkeypatch.setitem(EXTRACTORS, "inception", Pixels)
+    pictures = np.random.default_rng(0).integers(256, size=(40, 8, 8, 3)).astype(np.uint8)
+    np.savez(tmp_path / "VIRTUAL_imagenet8.npz", arr_0=pictures)
+    reference = (tmp_path / "VIRTUAL_imagenet8.npz").read_bytes()
+    server.files["lab/vae", "pt_inception.pth"] = b"inception"
+    server.files["lab/vae", "VIRTUAL_imagenet8.npz"] = reference
+    where = f"{constants.ENDPOINT}/lab/vae/resolve/main/"
+    monkeypatch.setattr(convert_inception, "URL", f"{where}pt_inception.pth")
+    monkeypatch.setattr(reproduce, "REFERENCE", f"{where}VIRTUAL_imagenet8.npz")
+
+    def run(**changes):
+        config = reproduce.starting_config("sit-small-ig")
+        config.sampler.num_samples = 40
+        config.update_from_flattened_dict(changes)
+        return reproduce.run(config, str(tmp_path / "run"), "sit-small-ig")
+
+    return run
+
+
+def test_one_command_from_nothing_to_the_number_beside_the_papers(
+    server, reproducible, tmp_path, capsys, monkeypatch
+):
+    line = reproducible().splitlines()[-1]
+    fid, deviation = map(float, re.search(r"FID ([\d.e+]+) ± ([\d.e+]+) \(over 10", line).groups())
+    assert fid > 0 and 0 < deviation < fid
+    assert line.endswith("the paper reports 5.31")
+    printed = capsys.readouterr().out
+    assert "paper" in printed and "5.31" in printed and "1.68" in printed
+    (stored,) = (tmp_path / "run" / "evaluation").glob("*.json")
+    (result,) = json.loads(stored.read_text())["results"]
+    assert result["protocol"]["num_samples"] == 40 and result["protocol"]["ig_scale"] == 1.4
+    # Again, with a picture missing: nothing is downloaded, and one batch is drawn.
+    (picture,) = (tmp_path / "run" / "samples").glob("*/images/000020.png")
+    content = picture.read_bytes()
+    picture.unlink()
+    server.requests.clear()
+    monkeypatch.setattr(reproduce, "save_workdir", None)
+    assert reproducible().splitlines()[-1] == line
+    assert server.requests == [] and picture.read_bytes() == content
+    # Another setting is another row of the paper, or none.
+    cfg = reproducible(**{"guidance.cfg_scale": 1.5}).splitlines()[-1]
+    assert cfg.endswith("the paper reports 4.5")
+    none = reproducible(**{"guidance.ig_scale": 1.7}).splitlines()[-1]
+    assert none.endswith("the paper reports none for this")
+
+
+def test_what_cannot_be_downloaded_is_one_line(server, reproducible, tmp_path):
+    del server.files["lab/vae", "VIRTUAL_imagenet8.npz"]
+    with pytest.raises(InputError, match="VIRTUAL_imagenet8.npz cannot be downloaded .HTTP Error"):
+        reproducible()
+    assert [path.name for path in (tmp_path / "run").rglob("*.*")] == ["pt_inception.pth"]
+
+
+def test_reproduce_names_what_is_missing(monkeypatch, capsys):
+    for flags, message in (
+        ([], "--mode=reproduce: expected --name=NAME"),
+        (["--name=sit-xl-2-gi"], "did you mean sit-xl-2-ig"),
+        (["--name=sit-xl-2-ig"], "--workdir=DIR expected"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "ig_jax.main", "--mode=reproduce", *flags],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2 and message in done.stderr and len(done.stderr.split("\n")) == 2

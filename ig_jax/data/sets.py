@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ig_jax.data import digits, images, latents, toy2d
+from ig_jax.data import digits, images, latents, photos, samples, toy2d
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 
@@ -16,6 +16,14 @@ def _digits(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
 
 def _toy2d(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
     return toy2d.open_toy2d(data.num_validation, data.flip)
+
+
+def _photos(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
+    return photos.open_photos(data.image_size, data.num_validation)
+
+
+def _samples(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
+    return samples.open_samples(data.path, data.num_validation)
 
 
 def _latents(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
@@ -48,7 +56,9 @@ def _tfds(data: Any, shape: tuple[int, ...], num_classes: int) -> DataSource:
 DATA_SETS: dict[str, Callable[[Any, tuple[int, ...], int], DataSource]] = {
     "digits": _digits,
     "toy2d": _toy2d,
+    "photos": _photos,
     "latents": _latents,
     "folder": _folder,
     "tfds": _tfds,
+    "samples": _samples,
 }

@@ -124,6 +124,35 @@ class Auxiliary:
 
 
 @flax.struct.dataclass
+class Mixed(Auxiliary):
+    """Internal guidance by several heads of the same forward pass at once: their weighted mean.
+
+    Attributes:
+        head: the first of them, counted from the shallowest.
+        weights: of that head and the next ones; they need not sum to 1.
+    """
+
+    weights: tuple[float, ...] = flax.struct.field(pytree_node=False, default=(1.0, 1.0))
+
+    def weak(
+        self, heads: Mapping[Pass, Heads], null: bool, inner: Callable[[], jax.Array]
+    ) -> jax.Array:
+        several = heads[Pass(null=null)].auxiliary[self.head :]
+        mixed = [w * weak for w, weak in zip(self.weights, several, strict=False)]
+        return sum(mixed[1:], mixed[0]) / sum(self.weights)
+
+    def check(self, heads: int, num_classes: int) -> None:
+        """Raises `InputError` also for weights that no mean can be taken with."""
+        given = self.weights if isinstance(self.weights, tuple) else ()
+        if not all(isinstance(weight, int | float) for weight in given) or sum(given) <= 0:
+            raise InputError(
+                f"mixed weights are {self.weights}: expected numbers with a sum above 0"
+            )
+        for offset in range(len(given)):
+            _check_head(self.head + offset, heads, "internal guidance")
+
+
+@flax.struct.dataclass
 class Null:
     """Classifier-free guidance (Ho & Salimans 2022): the prediction at ∅, guided by inner terms."""
 
@@ -219,6 +248,7 @@ class Weaker:
 
 SOURCES: dict[str, type] = {
     "auxiliary": Auxiliary,
+    "mixed": Mixed,
     "weaker": Weaker,
     "null": Null,
     "shallow": ShallowNull,

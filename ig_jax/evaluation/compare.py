@@ -11,8 +11,8 @@ from ig_jax.evaluation import report
 from ig_jax.evaluation.report import Result
 from ig_jax.record import GUIDANCE_FIELDS, describe_guidance
 
-# Fields that say where or with what code, but not how: differing there explains nothing by itself.
-CIRCUMSTANCES = ("samples", "samples_hash", "versions", "device")
+# Differing there explains nothing by itself.
+CIRCUMSTANCES = ("samples", "samples_hash", *report.CIRCUMSTANCES)
 
 NOTES: dict[str, str] = {
     "model": "another network is another number",

@@ -1,7 +1,7 @@
 """Feature extractors: what turns images into the vectors that the metrics compare.
 
-One small interface and a table of what implements it, Inception and DINOv2 for pictures and a
-classifier's hidden layer for scikit-learn's digits, so that evaluation is the same code for all.
+One interface and a table of what implements it, Inception and DINOv2 for pictures and a
+classifier's hidden layer for sets that come along, so that evaluation is the same code for all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ig_jax import config as config_lib
 from ig_jax.convert import dinov2 as convert_dinov2
 from ig_jax.convert import inception as convert_inception
-from ig_jax.data import toy2d
+from ig_jax.data import photos, toy2d
 from ig_jax.errors import InputError
 from ig_jax.models import dinov2, functional, inception
 from ig_jax.models.dinov2 import DinoV2Spec
@@ -204,6 +204,8 @@ class DigitsExtractor:
     gives = ("pool", "readings")
     spatial_width = None
     resize = "none"
+    shape: tuple[int, ...] = (8, 8, 1)
+    epochs = 80
 
     def __init__(self, seed: int = 0, width: int = 64):
         """Trains the classifier (under a second); the same seed gives the same weights.
@@ -213,14 +215,20 @@ class DigitsExtractor:
             width: hidden units, which are the features.
         """
         self.width = width
-        (train, train_labels), (held_out, held_out_labels) = _digits_split(seed)
-        self._weights, self._biases = _train_classifier(train, train_labels, seed, width)
+        split = _split(*self.real(), seed)
+        (train, train_labels), (held_out, held_out_labels) = split
+        trained = _train_classifier(train, train_labels, seed, width, self.epochs)
+        self._weights, self._biases = trained
         self.accuracy = float(np.mean(self.classify(held_out) == held_out_labels))
         self.fingerprint = digest(*self._weights, *self._biases)
 
+    def real(self) -> tuple[np.ndarray, np.ndarray]:
+        """All real images, (N, *shape) uint8, and their (N,) int32 labels."""
+        return digits_images()
+
     def __call__(self, images: np.ndarray) -> Features:
-        """Maps (N, 8, 8, 1) uint8 digits to hidden activations and class probabilities."""
-        _check_images(images, (8, 8, 1), self.name)
+        """Maps (N, *shape) uint8 images to hidden activations and class probabilities."""
+        _check_images(images, self.shape, self.name)
         flat = images.reshape(len(images), -1) / 255
         hidden = np.maximum(flat @ self._weights[0] + self._biases[0], 0)
         logits = hidden @ self._weights[1] + self._biases[1]
@@ -229,8 +237,19 @@ class DigitsExtractor:
         return Features(hidden.astype(np.float32), readings=probabilities.astype(np.float32))
 
     def classify(self, images: np.ndarray) -> np.ndarray:
-        """Reads (N, 8, 8, 1) uint8 digits as labels 0…9, (N,) int32."""
+        """Reads (N, *shape) uint8 images as labels, (N,) int32."""
         return self(images).readings.argmax(1).astype(np.int32)
+
+
+class PhotosExtractor(DigitsExtractor):
+    """The same of the crops of photographs, (N, 32, 32, 3) uint8."""
+
+    name = "photos-mlp"
+    shape = (32, 32, 3)
+    epochs = 8
+
+    def real(self) -> tuple[np.ndarray, np.ndarray]:
+        return photos.load()
 
 
 class TreeExtractor:
@@ -279,13 +298,14 @@ def _placement(mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
 
 @functools.cache
-def _digits_extractor() -> DigitsExtractor:
-    return DigitsExtractor()
+def _classifier(kind: type[DigitsExtractor]) -> DigitsExtractor:
+    return kind()
 
 
 # Name in `config.evaluation.features` → `open(config.evaluation, mesh)`.
 EXTRACTORS: dict[str, Callable[[ConfigDict, jax.sharding.Mesh], FeatureExtractor]] = {
-    "digits": lambda evaluation, mesh: _digits_extractor(),
+    "digits": lambda evaluation, mesh: _classifier(DigitsExtractor),
+    "photos": lambda evaluation, mesh: _classifier(PhotosExtractor),
     "toy2d": lambda evaluation, mesh: TreeExtractor(),
     "dinov2": _open_dinov2,
     "inception": _open_inception,
@@ -300,7 +320,8 @@ def check_name(config: ConfigDict) -> str:
     """
     name = config.evaluation.features
     if name == "auto":
-        return config.data.name if config.data.name in ("digits", "toy2d") else "inception"
+        own = ("digits", "photos", "toy2d")
+        return config.data.name if config.data.name in own else "inception"
     config_lib.check_choice(config, "evaluation.features", ("auto", *EXTRACTORS))
     return name
 
@@ -362,11 +383,12 @@ def _check_images(images: np.ndarray, shape: tuple[int | None, ...], name: str) 
 LabelledImages = tuple[np.ndarray, np.ndarray]
 
 
-def _digits_split(seed: int) -> tuple[LabelledImages, LabelledImages]:
+def _split(
+    images: np.ndarray, labels: np.ndarray, seed: int
+) -> tuple[LabelledImages, LabelledImages]:
     """Returns training and held-out (images, labels): a seeded, stratified quarter is held out."""
     from sklearn.model_selection import train_test_split
 
-    images, labels = digits_images()
     train, held_out, train_labels, held_out_labels = train_test_split(
         images, labels, test_size=0.25, random_state=seed, stratify=labels
     )
@@ -374,14 +396,19 @@ def _digits_split(seed: int) -> tuple[LabelledImages, LabelledImages]:
 
 
 def _train_classifier(
-    images: np.ndarray, labels: np.ndarray, seed: int, width: int
+    images: np.ndarray, labels: np.ndarray, seed: int, width: int, epochs: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Returns weights and biases (float64) of a two-layer ReLU classifier."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.neural_network import MLPClassifier
 
     classifier = MLPClassifier(
-        (width,), alpha=0.03, batch_size=64, learning_rate_init=3e-3, max_iter=80, random_state=seed
+        (width,),
+        alpha=0.03,
+        batch_size=64,
+        learning_rate_init=3e-3,
+        max_iter=epochs,
+        random_state=seed,
     )
     with warnings.catch_warnings():
         # The number of epochs is chosen, not a limit to be warned of.

@@ -24,6 +24,9 @@ from ig_jax.paths import resolve
 from ig_jax.record import describe_guidance
 from ig_jax.storage import files
 
+# Fields of a record that say where or with what code, or what led there, but not how.
+CIRCUMSTANCES = ("versions", "device", "epochs_to_fid")
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
@@ -162,9 +165,7 @@ def _setting(record: dict[str, Any]) -> str:
 
 def _file_stem(results: Sequence[Result]) -> str:
     """A name of the step and of the protocol, so that other protocols' results stay."""
-    records = [
-        {k: v for k, v in r.protocol.items() if k not in ("versions", "device")} for r in results
-    ]
+    records = [{k: v for k, v in r.protocol.items() if k not in CIRCUMSTANCES} for r in results]
     digest = files.json_digest(records)[:6]
     step = records[0]["checkpoint_step"]
     name = "samples" if step is None else f"step_{step:07d}"

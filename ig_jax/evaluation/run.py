@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -29,12 +29,14 @@ from ig_jax.evaluation.scoring import Opened, Scorer
 from ig_jax.experiment import Experiment, ToImages, make_to_images
 from ig_jax.models.functional import Params
 from ig_jax.parallel import hosts
+from ig_jax.paths import resolve
 from ig_jax.record import Weights
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import LabelRule, label_rule
 from ig_jax.sampling.run import make_engine, open_weights, sampling_record
 from ig_jax.storage import files
 from ig_jax.storage.checkpoints import find_step
+from ig_jax.training import logs
 
 log = logging.getLogger("ig_jax")
 
@@ -189,10 +191,24 @@ def evaluate(
         ]
 
 
-def evaluate_files(
+class FileScores(NamedTuple):
+    """What pictures on disk score, and what it takes to score them again.
+
+    Attributes:
+        result: the scores.
+        pool: (N, width) pooled features.
+        scorer: what they were scored with.
+    """
+
+    result: Result
+    pool: np.ndarray
+    scorer: Scorer
+
+
+def score_files(
     experiment: Experiment, source: DataSource | None, workdir: epath.PathLike
-) -> Result:
-    """Scores the pictures that `config.evaluation.samples` names.
+) -> FileScores:
+    """Scores the pictures that `config.evaluation.samples` names; raises `InputError`.
 
     The data set is needed only where the config names no reference. The record has what is known of
     the pictures' sampling (`--mode=sample` leaves it beside them, with a hash of the pictures that
@@ -204,17 +220,19 @@ def evaluate_files(
     opened.check_count(images.shape[0], f"the number of pictures in {images.path}")
     opened.check_resolution(images.shape[1:3])
     scorer = opened.scorer()
-    found = features.extract(
-        images_lib.share(images),
-        images.shape[0],
-        scorer.extractor,
-        "sample features",
-        scorer.rows(),
-    )
+    rows, share = scorer.rows() | {"pool"}, images_lib.share(images)
+    found = features.extract(share, images.shape[0], scorer.extractor, "sample features", rows)
     facts, notes = facts.of(found.digest)
     scores, more = scorer.score(found, facts.labels)
     record = scorer.record(found, facts.record) | {"samples": str(images.path)}
-    return Result(scores, record, (*notes, *more))
+    return FileScores(Result(scores, record, (*notes, *more)), found.rows["pool"], scorer)
+
+
+def evaluate_files(
+    experiment: Experiment, source: DataSource | None, workdir: epath.PathLike
+) -> Result:
+    """The result of `score_files`; raises `InputError`."""
+    return score_files(experiment, source, workdir).result
 
 
 def check(experiment: Experiment, source: DataSource) -> Opened:
@@ -302,6 +320,39 @@ class TrainingEvaluation:
         return scores
 
 
+# How many times training had seen the data when it was scored, in the run's log.
+EPOCHS = "evaluation/epochs"
+
+
+def fid_log(workdir: epath.PathLike) -> list[tuple[float, float]]:
+    """(epochs, FID) of every evaluation in a run's log, in order; empty if it has none."""
+    found = []
+    for scalars in logs.read_lines(resolve(workdir)):
+        fid = [value for name, value in scalars.items() if name.startswith("evaluation/fid ")]
+        if EPOCHS in scalars:
+            found += [(scalars[EPOCHS], value) for value in fid if value is not None]
+    return found
+
+
+def epochs_to(log: Iterable[tuple[float, float]], target: float) -> float | None:
+    """Epochs until the FID of `fid_log` was first at most `target`; None if it never was."""
+    return next((epochs for epochs, fid in log if fid <= target), None)
+
+
+def _with_speed(results: list[Result], targets: Sequence[float], workdir: str) -> list[Result]:
+    """The results with what the run's log says of how fast it came to these FIDs."""
+    if not targets:
+        return results
+    log = fid_log(workdir)
+    found = {f"{k:g}": epochs_to(log, k) for k in targets}
+    words = (f"{k}: {'not reached' if n is None else f'{n:g}'}" for k, n in found.items())
+    note = f"epochs to FID ≤ k, by the evaluations of its training: {', '.join(words)}"
+    if not log:
+        note = "epochs to FID ≤ k are unknown: training had config.evaluation.every=0"
+    protocol = {"epochs_to_fid": found}
+    return [Result(r.metrics, r.protocol | protocol, (*r.notes, note)) for r in results]
+
+
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     """`--mode=evaluate`: scores a workdir's checkpoint, or `config.evaluation.samples`.
 
@@ -315,7 +366,9 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     step = find_step(workdir, which)
     weights = open_weights(experiment, workdir, step)
     source = open_source(experiment, workdir, step)
-    return report.report(evaluate(experiment, weights, source, workdir=workdir), workdir)
+    results = evaluate(experiment, weights, source, workdir=workdir)
+    targets = config.evaluation.fid_targets
+    return report.report(_with_speed(results, targets, workdir), workdir)
 
 
 def open_source(experiment: Experiment, workdir: str, step: int | str = "last") -> DataSource:

@@ -22,7 +22,7 @@ class DuringTraining(Callback):
     saves = True
 
     def __init__(self, setup: Setup, engine: Engine):
-        self._every = setup.config.evaluation.every
+        self._setup, self._every = setup, setup.config.evaluation.every
         self._evaluate = evaluation.TrainingEvaluation(
             setup.experiment, setup.source, setup.workdir, engine
         )
@@ -32,7 +32,11 @@ class DuringTraining(Callback):
 
     def on_due(self, moment: Moment) -> Score | None:
         scores = self._evaluate(moment.state.ema)
-        moment.writer.write_scalars(moment.step, _named(scores, self._evaluate.about))
+        named = _named(scores, self._evaluate.about)
+        if named:
+            examples = moment.step * self._setup.config.train.batch_size
+            named[evaluation.EPOCHS] = examples / len(self._setup.source.train)
+        moment.writer.write_scalars(moment.step, named)
         return Score(self._evaluate.score_name, scores["fid"]) if scores else None
 
 

@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -257,7 +257,32 @@ def _write_facts(
 
 
 def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
-    """`--mode=sample`: draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
+    """`--mode=sample`: as `draw_pictures`; returns the last line to print."""
+    found = draw_pictures(config, workdir, which)
+    line = f"{config.sampler.num_samples} samples of step {found.step}"
+    if found.drawn is None:
+        return f"{line}: {found.directory}/samples.png and samples.npz"
+    return (
+        f"{line} ({found.drawn} drawn now): {found.directory}/samples.png, samples.npz and images/"
+    )
+
+
+class Drawn(NamedTuple):
+    """What was drawn.
+
+    Attributes:
+        directory: where it is.
+        step: the checkpoint's.
+        drawn: how many pictures were missing; None for vectors, which are always drawn.
+    """
+
+    directory: epath.Path
+    step: int
+    drawn: int | None
+
+
+def draw_pictures(config: ConfigDict, workdir: str, which: int | str = "last") -> Drawn:
+    """Draws `config.sampler.num_samples` pictures into `workdir/samples/…`.
 
     A folder named after what fixes the pictures gets numbered PNGs in `images`, `samples.npz`
     (`arr_0`, uint8 (N, H, W, C), as evaluators expect), `labels.txt`, `protocol.json` and a grid
@@ -283,7 +308,7 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
         points = to_images(x, indices, f" at {record_lib.describe(options)}")
         if is_primary():
             _finish_vectors(points, directory, labels, names, record)
-        return f"{len(indices)} samples of step {step}: {directory}/samples.png and samples.npz"
+        return Drawn(directory, step, None)
     folder = PictureFolder(directory / "images")
     if is_primary():
         folder.directory.mkdir(parents=True, exist_ok=True)
@@ -293,7 +318,4 @@ def run(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     if is_primary():
         with console.stage("writing samples.npz"):
             _finish(folder, directory, labels, names, record)
-    return (
-        f"{len(indices)} samples of step {step} ({drawn} drawn now): "
-        f"{directory}/samples.png, samples.npz and images/"
-    )
+    return Drawn(directory, step, drawn)

@@ -96,6 +96,13 @@ class Lines:
         """Every line was written whole."""
 
 
+def read_lines(workdir: epath.Path) -> list[dict[str, Any]]:
+    """What `Lines` wrote into a workdir, in order; the half line of a killed run is passed over."""
+    path = workdir / FILE
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [found for line in lines if (found := _parsed(line))]
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from ml_collections import ConfigDict
 
 from ig_jax.experiment import ToImages, make_to_images
+from ig_jax.sampling import own
 from ig_jax.sampling.engine import Engine
 from ig_jax.sampling.labels import label_rule
 from ig_jax.sampling.run import check_weaker, make_engine
@@ -48,10 +49,12 @@ def train(config: ConfigDict, workdir: str, evaluations: Evaluations | None = No
         evaluations: makes the callbacks for `config.evaluation`, of which there are none without.
 
     Raises:
-        InputError: a config, data set or workdir that does not fit, before anything is written.
+        InputError: a config, data set or workdir that does not fit, before anything is written
+            (but a network's own samples, if these are the data).
         NotFiniteError: a step was not finite (it is not saved; the last checkpoint is whole).
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
+    own.draw_once(config)
     setup = Setup.from_config(config, workdir)
     return loop.train(setup, callbacks(setup, evaluations))
 

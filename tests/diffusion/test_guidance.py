@@ -53,6 +53,9 @@ def test_every_weak_source(heads):
     cases = [
         (g.Auxiliary(0), cond.auxiliary[0]),
         (g.Auxiliary(1), cond.auxiliary[1]),
+        (g.Mixed(), (cond.auxiliary[0] + cond.auxiliary[1]) / 2),
+        (g.Mixed(weights=(1, 3)), 0.25 * cond.auxiliary[0] + 0.75 * cond.auxiliary[1]),
+        (g.Mixed(head=1, weights=(2.0,)), cond.auxiliary[1]),
         (g.Null(), null.final),
         (g.ShallowNull(head=1), null.auxiliary[1]),
         (g.Weaker(graph=lambda *_: None), heads[Pass("weaker")].final),
@@ -294,6 +297,8 @@ BAD = [
     ),
     (lambda: Guidance(1.5).check(0, 10), "internal guidance needs auxiliary head 0.*has no aux"),
     (lambda: Guidance.of(Term(g.Auxiliary(2))).check(2, 10), "head 2 of this model: it has 2"),
+    (lambda: Guidance.of(Term(g.Mixed())).check(1, 10), "head 1 of this model: it has 1"),
+    (lambda: Guidance.of(Term(g.Mixed(weights=(1, -1)))).check(2, 10), "mixed weights are .1, -1"),
     (lambda: Guidance(cfg_scale=1.5).check(1, 0), "needs a null label ∅: .* is unconditional"),
     (lambda: Guidance.of(Term(g.ShallowNull())).check(0, 10), "shallow guidance needs auxiliary"),
     (lambda: Guidance.of(Term(g.Weaker())).check(1, 10), "weaker network needs one: none"),
@@ -324,6 +329,7 @@ def test_bad_guidance_is_one_line(make, message):
         (g.RULES, g.Linear()),
         (g.SCHEDULES, g.Ramp(0.1, 0.9)),
         (g.SOURCES, g.ShallowNull(head=2)),
+        (g.SOURCES, g.Mixed(weights=(1.0, 3.0))),
     ],
 )
 def test_rows_are_spelt_as_they_are_made(table, row):

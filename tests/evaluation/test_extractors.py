@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from sklearn.neural_network import MLPClassifier
 
+from ig_jax.config import default_config
 from ig_jax.convert.inception import inception_params
 from ig_jax.errors import InputError
 from ig_jax.evaluation import extractors, metrics
@@ -111,6 +112,19 @@ np.savez(f"{folder}/found.npz", pool=found.pool, spatial=found.spatial)
     def test_other_images_are_refused(self, inception, images, message):
         with pytest.raises(InputError, match=message):
             inception(images)
+
+
+class TestPhotos:
+    def test_reads_crops_and_is_what_auto_means(self):
+        found = extractors.PhotosExtractor()
+        images, labels = found.real()
+        assert found.accuracy > 0.95 and found.fingerprint != extractors.DigitsExtractor.__name__
+        assert np.mean(found.classify(images[:512]) == labels[:512]) > 0.95
+        with pytest.raises(InputError, match="expected .N, 32, 32, 3. for photos-mlp"):
+            found(images[:2, :8, :8])
+        config = default_config()
+        config.data.name = "photos"
+        assert extractors.check_name(config) == "photos"
 
 
 class TestDigits:
