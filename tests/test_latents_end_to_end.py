@@ -92,7 +92,7 @@ def test_pictures_to_pictures(family, pictures, autoencoder, latents, tmp_path):
     assert source.class_names == ("digit", "flower", TEMPLE_TEXT)
     assert len(source.train) == 3 * PER_CLASS - 8
     with Image.open(tmp_path / "samples" / "step_0000004.png") as grid:
-        assert grid.mode == "RGB"
+        assert grid.mode == "RGBA"
 
     # Sampling needs the checkpoint and the decoder, not the latents.
     config.data.path = "/nowhere"

@@ -60,7 +60,7 @@ def test_buckets_are_left_alone(home):
 # Config fields.
 
 TEXTS = {"data.tfds_name", "data.autoencoder", "mesh.topology"}
-TEXTS |= {"guidance.ig_schedule", "guidance.cfg_schedule"}
+TEXTS |= {"guidance.ig_schedule", "guidance.cfg_schedule", "train.wandb", "train.allow_changes"}
 
 
 def test_every_field_without_a_default_text_is_a_path_or_known_to_be_none():
@@ -111,7 +111,6 @@ READERS = {
     "scores.json": (report.load,),
     "set.npz": (image_sets.open_images, statistics.load_statistics),
     "latents/index.json": (lambda path: latents.open_latents(os.path.dirname(path)),),
-    "run/checkpoints/1": (lambda path: saved_config(path.removesuffix("/checkpoints/1")),),
     "images/class.txt": (lambda path: images.ImageFolder(os.path.dirname(path)),),
 }
 

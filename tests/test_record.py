@@ -219,6 +219,7 @@ OTHERS = {
     "guidance.cfg_schedule": "ramp(start=0.5)",
     "guidance.ig_null_scale": "1.7",
     "guidance.cfg_source": "shallow",
+    "guidance.weak_step": "best",
     "sampler.name": "euler",
     "sampler.labels": "balanced",
     "sampler.batch_size": 64,

@@ -37,7 +37,8 @@ def choose_labels(
         return np.asarray(classes, np.int32)[indices % len(classes)]
     if kind == "balanced":
         return (indices % num_classes).astype(np.int32)
-    labels = numpy_stream(seed, "labels").integers(num_classes, size=int(indices.max()) + 1)
+    count = int(indices.max(initial=-1)) + 1
+    labels = numpy_stream(seed, "labels").integers(num_classes, size=count)
     return labels[indices].astype(np.int32)
 
 

@@ -22,7 +22,7 @@ from etils import epath
 from ig_jax.errors import InputError
 from ig_jax.paths import resolve
 
-_BLOCK = 1 << 24
+_BLOCK = 1 << 22
 
 
 @contextlib.contextmanager

@@ -236,6 +236,7 @@ def test_npy_files_as_numpy_writes_them(root, tmp_path, version, order):
     shutil.copytree(root / "noisy" / "npy", tmp_path / "npy")
     file = tmp_path / "npy" / "vae-sd" / "00000" / "img-latents-00000001.npy"
     values = np.random.default_rng(0).standard_normal((8, 4, 4)).astype(">f8")
+    values[4:] **= 2  # a std
     with file.open("wb") as stream:
         np.lib.format.write_array(stream, np.asarray(values, order=order), version)
     example = latents.open_latents(str(tmp_path / "npy")).train[1]

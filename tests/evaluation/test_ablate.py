@@ -79,6 +79,9 @@ def asking(config, **question):
     return config
 
 
+NO_SUCH_HEAD = {"guidance.ig_scale": 2.0, "guidance.ig_source": "auxiliary(head=1)"}
+
+
 @pytest.mark.parametrize(
     "question, message",
     [
@@ -101,13 +104,14 @@ def asking(config, **question):
             r"guidance.ig_interval is \(0.9, 0.1\)",
         ),
         ({"arms": ({"name": "a", "guidance.ig_scale": "x"},)}, "guidance.ig_scale is 'x'"),
-        ({"arms": ({"name": "a", "guidance.ig_source": "auxiliary(head=1)"},)}, "auxiliary head 1"),
+        (
+            {"arms": (dict(name="a") | NO_SUCH_HEAD,)},
+            "auxiliary head 1",
+        ),
     ],
 )
 def test_a_wrong_question_is_refused_before_anything_is_written(tmp_path, question, message):
     config = asking(small_config(), **question)
-    if "ig_source" in str(question):
-        config.guidance.ig_scale = 2.0
     with pytest.raises(InputError, match=message):
         ablate.Laboratory(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
