@@ -227,6 +227,7 @@ OTHERS = {
     "mesh.fsdp": 2,
     "evaluation.features": "inception",
     "evaluation.ig_scales": (3.0,),
+    "evaluation.fid_targets": (3.0,),
     "sweep.ig_scales": (3.0,),
     "sweep.ig_intervals": (0.0, 0.5),
     "sweep.cfg_scales": (3.0,),

@@ -108,15 +108,19 @@ def test_a_stop_that_is_asked_for_during_an_evaluation_need_not_wait_for_it(tmp_
     assert not stops.asked()
 
 
-def test_a_signal_before_the_first_step_is_the_programs(tmp_path, monkeypatch):
+def test_a_signal_before_the_first_step_is_the_programs(tmp_path):
     """Nothing is there to be saved, and compiling may take minutes."""
 
     def step(*_):
         signal.raise_signal(signal.SIGINT)
 
     setup = with_step(Setup.from_config(tiny_config(), tmp_path), lambda _: step)
-    with pytest.raises(KeyboardInterrupt):
-        loop.train(setup)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(setup)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_checkpoints_keep_the_last_ones_and_the_best(uninterrupted):
