@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 import ig_jax
 from ig_jax import hub, recipes
@@ -185,7 +185,8 @@ def server(checkpoints, monkeypatch, tmp_path):
     url = f"http://127.0.0.1:{running.server_port}"
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for place in (constants, file_download):  # where clients before 1.0 keep a copy
+        monkeypatch.setattr(place, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -75,6 +75,44 @@ def test_one_tensorflow_where_there_are_wheels(system, machine, python, expected
     assert chosen == expected
 
 
+# As on the newest Python, for which TensorFlow has no wheels.
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, sys
+found = importlib.machinery.PathFinder.find_spec
+
+def find_spec(name, path=None, target=None):
+    return None if name.partition(".")[0] == "tensorflow" else found(name, path, target)
+
+importlib.machinery.PathFinder.find_spec = find_spec
+from ig_jax import main
+
+train = ["--config=digits_ig", "--workdir=w", *sys.argv[1:]]
+kept = "--workdir=w", "--mode=sample"
+evaluate = "--workdir=w", "--mode=evaluate", "--config.evaluation.num_samples=32"
+tfds = "--workdir=t", "--config=cifar10_ig"
+codes = [main.main(["ig-jax", *flags]) for flags in (train, kept, evaluate, tfds)]
+from ig_jax.data.images import imagenet_names
+print("codes", *codes, "classes", len(imagenet_names()), "tensorflow" in sys.modules)
+"""
+SMALL = ("train.num_steps=2", "train.sample_every=0", "evaluation.at_end=False", "model.width=32")
+SMALL = tuple(f"--config.{name}" for name in (*SMALL, "model.depth=3", "model.heads=2"))
+
+
+@pytest.mark.slow
+def test_without_tensorflow_the_digits_train_sample_and_evaluate(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_TENSORFLOW, *SMALL, "--config.sampler.num_samples=4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    last = done.stdout.splitlines()[-1:]
+    assert last == ["codes 0 0 0 2 classes 1000 False"], done.stdout + done.stderr
+    assert "no TensorBoard files, as TensorFlow is not installed" in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("ig_jax: TFDS cifar10 needs TensorFlow, which is not installed"), line
+    files = {path.name.split(".")[0] for path in (tmp_path / "w").iterdir()}
+    assert {"metrics", "samples", "evaluation"} <= files and "events" not in files
+    assert not (tmp_path / "t").exists()
+
+
 SHOW = """
 import ig_jax
 from ig_jax import config, extensions
@@ -117,10 +155,6 @@ def test_a_wheel_in_an_empty_folder_has_its_configs(tmp_path):
     assert ", ".join(CONFIGS[:3]) in run(program, "--help").stdout
     found = run(program, "--config=digits_ig")
     assert found.returncode == 2 and found.stderr.startswith("ig_jax: --workdir=DIR expected")
-    small = ("train.num_steps=2", "train.sample_every=0", "evaluation.at_end=False")
-    small += ("model.width=32", "model.depth=3", "model.heads=2")
-    trained = run(
-        program, "--config=digits_ig", "--workdir=w", *(f"--config.{name}" for name in small)
-    )
+    trained = run(program, "--config=digits_ig", "--workdir=w", *SMALL)
     assert trained.returncode == 0 and "trained 2 steps" in trained.stdout, trained.stderr
     assert (empty / "w" / "metrics.jsonl").exists()

@@ -139,8 +139,8 @@ def report(results: Sequence[Result], workdir: epath.PathLike) -> str:
     return f"scores with their protocol: {path}, and a plot: {stem}.png"
 
 
-def print_results(results: Sequence[Result]) -> None:
-    """Prints a table with a row for each result, and their notes."""
+def _table(results: Sequence[Result]) -> tuple[str, list[str], list[list[str]]]:
+    """What results are of, the columns' titles, and a row for each result."""
     first = results[0].protocol
     found = {name for result in results for name in result.metrics}
     names = [name for name in METRICS if name in found]
@@ -151,7 +151,19 @@ def print_results(results: Sequence[Result]) -> None:
     ]
     origin = first["samples"] if first["sampler"] is None else f"step {first['checkpoint_step']}"
     about = f"{first['num_samples']:,} samples of {origin} against {first['reference']}"
-    console.print_table(about, ["guidance", *titles], rows)
+    return about, ["guidance", *titles], rows
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table in Markdown with a row for each result, under a line of what they are of."""
+    about, titles, rows = _table(results)
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "\n".join([about, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """Prints a table with a row for each result, and their notes."""
+    console.print_table(*_table(results))
     for note in dict.fromkeys(note for result in results for note in result.notes):
         print(f"note: {note}")
 

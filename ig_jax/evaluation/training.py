@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from ig_jax import pictures
 from ig_jax.evaluation import report
 from ig_jax.evaluation import run as evaluation
 from ig_jax.experiment import ToImages
@@ -53,15 +56,20 @@ class AtEnd(Callback):
         results = evaluation.evaluate(
             setup.experiment, weights, setup.source, workdir=setup.workdir, engine=self._engine
         )
+        scores: dict[str, float] = {}
         for result in results:
             count = result.protocol["num_samples"]
             about = f"{describe_guidance(result.protocol)} ({count:,} samples)"
-            writer.write_scalars(step, _named(result.metrics, about))
+            scores |= _named(result.metrics, about)
+        writer.write_scores(step, scores, report.markdown(results))
+        if len(results) > 1:
+            drawn = np.asarray(pictures.rendered(report.plot(results)))
+            writer.write_images(step, {"evaluation/scales": drawn})
         return report.report(results, setup.workdir)
 
 
 def _named(scores: Mapping[str, float], about: str) -> dict[str, float]:
-    """Scores as TensorBoard's: a plot for each score and way to sample."""
+    """Scores by names for the logs: one for each score and way to sample."""
     return {f"evaluation/{name} {about}": value for name, value in scores.items()}
 
 

@@ -51,6 +51,10 @@ class Writer(Protocol):
         """Takes (H, W, 3) uint8 pictures."""
         ...
 
+    def write_scores(self, step: int, scores: Scalars, table: str) -> None:
+        """Takes the scores of one step, and the same for people: a table in Markdown."""
+        ...
+
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Takes a config's fields."""
         ...
@@ -88,6 +92,9 @@ class Lines:
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """They are in the workdir's folder of samples anyway."""
+
+    def write_scores(self, step: int, scores: Scalars, table: str) -> None:
+        self.write_scalars(step, scores)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """The config is in every checkpoint."""
@@ -142,6 +149,9 @@ class WeightsAndBiases:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         self._run.log({name: self._image(image) for name, image in images.items()}, step=step)
 
+    def write_scores(self, step: int, scores: Scalars, table: str) -> None:
+        self.write_scalars(step, scores)
+
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         self._run.config.update(dict(hparams), allow_val_change=True)
 
@@ -162,6 +172,10 @@ class Logs:
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         for writer in self._writers:
             writer.write_images(step, images)
+
+    def write_scores(self, step: int, scores: Scalars, table: str) -> None:
+        for writer in self._writers:
+            writer.write_scores(step, scores, table)
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         for writer in self._writers:
@@ -229,7 +243,14 @@ def _tensorboard(config: ConfigDict, workdir: epath.Path, first_step: int) -> Wr
         event.wall_time = time.time()
         writer.add_event(event)
     writer.close()
-    return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(workdir))])
+
+    class Board(metric_writers.AsyncMultiWriter):
+        """As scalars, scores of one step would be a plot of a single point each."""
+
+        def write_scores(self, step: int, scores: Scalars, table: str) -> None:
+            self.write_texts(step, {"evaluation/scores": table})
+
+    return Board([metric_writers.SummaryWriter(str(workdir))])
 
 
 def interesting(config: ConfigDict) -> list[str]:

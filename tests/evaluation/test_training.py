@@ -89,14 +89,34 @@ def test_the_end_is_reported_of_the_trained_weights(setup, monkeypatch):
     monkeypatch.setattr(evaluation, "check", lambda *given: checked.append(given))
 
     def evaluate(experiment, weights, *_, **__):
-        protocol = guidance_record(GuidanceOptions(ig_scale=1.5)) | {"num_samples": 2000}
-        return [Result({"fid": 10.0 + weights.step}, protocol)]
+        about = {"num_samples": 2000, "samples": None, "sampler": "heun", "checkpoint_step": 6}
+        about |= {"labels": "random", "reference": "the data", "features": "inception"}
+        return [
+            Result({"fid": scale + weights.step}, guidance_record(GuidanceOptions(scale)) | about)
+            for scale in (1.0, 1.5)
+        ]
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(training.report, "report", lambda results, workdir: f"in {workdir}")
     (callback,) = training.callbacks(setup, "engine", None)
     assert checked == [(0, setup.source)]  # before the first step
-    written = {}
-    writer = types.SimpleNamespace(write_scalars=written.__setitem__)
+    written, drawn = [], {}
+    writer = types.SimpleNamespace(
+        write_scores=lambda *given: written.append(given),
+        write_images=lambda step, images: drawn.update(images),
+    )
     assert callback.on_end(6, {}, writer) == "in there"
-    assert written == {6: {"evaluation/fid IG 1.5 (2,000 samples)": 16.0}}
+    [(step, scores, table)] = written
+    named = {f"evaluation/fid IG {w} (2,000 samples)": value for w, value in ((1, 7.0), (1.5, 7.5))}
+    assert (step, scores) == (6, named)
+    assert table.splitlines() == [
+        "2,000 samples of step 6 against the data",
+        "",
+        "| guidance | FID |",
+        "| --- | --- |",
+        "| IG 1 (no IG) | 7 |",
+        "| IG 1.5 | 7.5 |",
+    ]
+    assert [(name, x.dtype, x.shape[2]) for name, x in drawn.items()] == [
+        ("evaluation/scales", np.uint8, 3)
+    ]

@@ -92,6 +92,19 @@ def test_pictures_reach_tensorboard(tmp_path):
 
 
 @pytest.mark.tensorflow
+def test_scores_of_one_step_are_a_table_in_tensorboard(tmp_path):
+    opened = logs.open_logs(tiny_config(), epath.Path(tmp_path), 0)
+    opened.write_scores(3, {"evaluation/fid IG 1.5": 2.0}, "| guidance | FID |")
+    opened.close()
+    assert [line["evaluation/fid IG 1.5"] for line in lines(tmp_path)] == [2.0]
+    shown = events(tmp_path)
+    names = [name for name in shown.Tags()["tensors"] if not name.startswith("_hparams_")]
+    assert names == ["evaluation/scores"]
+    (event,) = shown.Tensors("evaluation/scores")
+    assert event.tensor_proto.string_val == [b"| guidance | FID |"]
+
+
+@pytest.mark.tensorflow
 def test_tensorboards_table_has_what_tells_runs_apart(tmp_path):
     from tensorboard.plugins.hparams import plugin_data_pb2
 
