@@ -210,7 +210,7 @@ class TfdsImages:
         except NotImplementedError as error:
             raise InputError(
                 f"TFDS {name} in {info.data_dir} is stored as {info.file_format.value}, expected "
-                f"array_record (random access): tfds convert_format "
+                "array_record (random access): pip install apache-beam, then tfds convert_format "
                 f"--dataset_version_dir={info.data_dir} --out_file_format=array_record"
             ) from error
         except ValueError as error:
@@ -247,7 +247,7 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
     """The builder of a prepared TFDS set; raises `InputError` with the command that prepares it."""
     import tensorflow_datasets as tfds
 
-    where = f" --data_dir={data_dir}" if data_dir else ""
+    where = f", data_dir={data_dir!r}" if data_dir else ""
     try:
         builder = tfds.builder(name, data_dir=data_dir or None)
     except (tfds.core.DatasetNotFoundError, FileNotFoundError) as error:
@@ -261,7 +261,8 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
     if not builder.info.splits:
         raise InputError(
             f"TFDS {name} is not in {builder.data_dir}: expected a prepared data set "
-            f"(tfds build {name} --file_format=array_record{where})"
+            '(python -c "import tensorflow_datasets as tfds; '
+            f"tfds.builder({name!r}{where}, file_format='array_record').download_and_prepare()\")"
         )
     return builder
 

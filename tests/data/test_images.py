@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import struct
 import sys
 
@@ -354,7 +355,7 @@ def test_imagenet_ids_become_words():
 
 @pytest.fixture(scope="module")
 def tfds_directory(tmp_path_factory):
-    """A TFDS image classification set of ten pictures, as `tfds build` would leave it."""
+    """A TFDS image classification set of ten pictures, prepared with random access and without."""
     import tensorflow_datasets as tfds
 
     class TinyPictures(tfds.core.GeneratorBasedBuilder):
@@ -406,10 +407,11 @@ def test_tfds_bad_input(tfds_directory, tmp_path):
         images.TfdsImages("tiny_pictures", "valid", tfds_directory)
     with pytest.raises(InputError, match="is stored as tfrecord, expected array_record.*tfds conv"):
         images.TfdsImages("tiny_pictures", "train", f"{tfds_directory}/old")
-    with pytest.raises(
-        InputError, match=r"tfds build cifar10 --file_format=array_record --data_dir"
-    ):
-        images.TfdsImages("cifar10", "train", str(tmp_path))
+    with pytest.raises(InputError, match="TFDS tiny_pictures is not in .*: expected a prep") as c:
+        images.TfdsImages("tiny_pictures", "train", str(tmp_path))
+    [program] = re.findall('python -c "(.*)"', str(c.value))
+    exec(program, {})  # what the message asks for mends it
+    assert len(images.TfdsImages("tiny_pictures", "train", str(tmp_path))) == 10
     with pytest.raises(InputError, match="no data set 'cifar11'.*did you mean cifar10"):
         images.TfdsImages("cifar11", "train", str(tmp_path))
 
