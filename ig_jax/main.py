@@ -55,6 +55,7 @@ Flags
   --fast              ablate and toy: a look in minutes, with config.ablation.fast's numbers
   --compare A B       with --mode=evaluate: how the protocols of two results differ
   --sweep             with --mode=benchmark or compile: search ways to train
+  --sizes             with --mode=benchmark: what a forward pass of each published size costs
   --nocache           compile anew, instead of keeping programs in the user's cache folder
   --xla_preset=gpu    XLA flags that may be faster there: measure with --mode=benchmark
   --version           of this program and of what it stands on
@@ -96,6 +97,8 @@ def _toy(config: ConfigDict, workdir: str) -> str:
 
 
 def _benchmark(config: ConfigDict, workdir: str) -> str:
+    if _SIZES.value:
+        return _room("plan.sizes").run(config, workdir)
     return _room("plan.benchmark").run(config, workdir, _SWEEP.value)
 
 
@@ -120,7 +123,10 @@ MODES: dict[str, tuple[str, Callable[..., str]]] = {
     "toy": ("re-derive the paper's 2-D toy: its figure, and a table over seeds", _toy),
     "reproduce": ("a published number from nothing: --name=sit-xl-2-ig", _reproduce),
     "prepare": ("encode images to latents: --config.data.images and .path", _prepare),
-    "benchmark": ("time training, sampling, decoding and reading here; --sweep", _benchmark),
+    "benchmark": (
+        "time training, sampling, decoding, reading; --sweep, --sizes",
+        _benchmark,
+    ),
     "compile": ("compile for a TPU topology without one: does it fit?", _compile),
 }
 
@@ -164,6 +170,9 @@ _SWEEP = flags.DEFINE_bool(
     "sweep",
     False,
     "--mode=benchmark, compile: search ways to train, and print the best ones' flags",
+)
+_SIZES = flags.DEFINE_bool(
+    "sizes", False, "--mode=benchmark: FLOPs, bytes and time of a forward pass, for each size"
 )
 flags.DEFINE_multi_string(
     "import", [], "a Python file of yours that adds rows to the tables: rules, samplers, …"
@@ -277,6 +286,11 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
         raise InputError(
             f"--sweep has no meaning with --mode={mode}: expected it with "
             f"{', '.join(_COMPILE_ANEW)} only (--mode=sweep searches guidance)"
+        )
+    if _SIZES.value and (mode != "benchmark" or _SWEEP.value):
+        other = "--sweep" if _SWEEP.value else f"--mode={mode}"
+        raise InputError(
+            f"--sizes has no meaning with {other}: expected it with --mode=benchmark alone"
         )
     workdir = _workdir(mode)
     arguments = _which(mode, config, workdir)

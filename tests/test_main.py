@@ -80,6 +80,11 @@ CONFIG = "--config=configs/digits_ig.py"
         ),
         (["--mode=sample", "--workdir={}"], "no checkpoint in"),
         ([CONFIG, "--workdir={}", "--sweep"], "--sweep has no meaning with --mode=train"),
+        ([CONFIG, "--workdir={}", "--sizes"], "--sizes has no meaning with --mode=train"),
+        (
+            [CONFIG, "--workdir={}", "--mode=benchmark", "--sizes", "--sweep"],
+            "--sizes has no meaning with --sweep",
+        ),
         (
             [CONFIG, "--workdir={}", "--mod=train"],
             "Unknown command line flag 'mod'. Did you mean: mode",

@@ -147,7 +147,7 @@ def _sampler_case(
         place = sharding.batch_sharding(experiment.mesh)
         rows = jax.device_put(np.arange(count, dtype=np.int32), place)
         labels = jax.jit(lambda rows: rows % max(experiment.spec.num_classes, 1))(rows)
-        params = _params(experiment)
+        params = random_params(experiment)
         _, prepared = engine.settings.prepare(terms)
         lowered = engine.lower(experiment.abstract_params(), terms)
         return _aot(lowered, params, prepared, np.uint32(0), rows, labels)
@@ -155,7 +155,7 @@ def _sampler_case(
     return Case(name, count, count * sampler_flops(experiment.spec, engine, guidance), start)
 
 
-def _params(experiment: Experiment) -> functional.Params:
+def random_params(experiment: Experiment) -> functional.Params:
     """Random weights as `abstract_params` places them."""
     options = config_lib.model_options(experiment.config)
     places = jax.tree.map(lambda s: s.sharding, experiment.abstract_params())

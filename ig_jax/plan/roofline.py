@@ -89,11 +89,9 @@ def step_work(
     compile_step: Callable[[Experiment], jax.stages.Compiled],
     exchanges: Mapping[str, Collective],
 ) -> Work | None:
-    """Counts a training step's work, from two shallow networks without loops.
+    """Counts a training step's work as `whole_cost` does.
 
-    The compiler's own count takes the body of a loop once. Unrolled networks one and two blocks
-    deeper than their heads give the cost of a block, and of all that is no block. Muon's iteration
-    stays a loop: its repetitions are left out, and the bound remains one.
+    Muon's iteration stays a loop: its repetitions are left out, and the bound remains one.
 
     Args:
         config: of the run.
@@ -107,6 +105,27 @@ def step_work(
     spec = Experiment.from_config(config, devices).spec
     if not isinstance(spec, TrunkSpec):
         return None
+    flops, memory = whole_cost(config, devices, compile_step)
+    model = 3.0 * spec.forward_flops() * config.train.batch_size / len(devices)
+    return Work(flops, memory, sum(found.bytes for found in exchanges.values()), model)
+
+
+def whole_cost(
+    config: ConfigDict,
+    devices: Sequence[jax.Device],
+    compile_one: Callable[[Experiment], jax.stages.Compiled],
+) -> tuple[float, float]:
+    """A program's floating-point operations and bytes, from two shallow networks without loops.
+
+    The compiler's own count takes the body of a loop once. Unrolled networks one and two blocks
+    deeper than their heads give the cost of a block, and of all that is no block.
+
+    Args:
+        config: of a `Trunk`.
+        devices: what it is compiled for.
+        compile_one: compiles an experiment's program.
+    """
+    spec = Experiment.from_config(config, devices).spec
     shallow, heads = [], len(spec.auxiliary_depths)
     for depth in (heads + 1, heads + 2):
         changed = copy.deepcopy(config)
@@ -114,9 +133,8 @@ def step_work(
         changed.model.update(depth=depth, scan_blocks=False)
         changed.model.auxiliary_depth = auxiliary if heads > 1 else heads
         changed.train.accumulate = 1
-        cost = compile_step(Experiment.from_config(changed, devices)).cost_analysis()
+        cost = compile_one(Experiment.from_config(changed, devices)).cost_analysis()
         shallow.append((cost["flops"], cost["bytes accessed"]))
     rest = spec.depth - heads - 1
     flops, memory = (one + rest * (two - one) for one, two in zip(*shallow, strict=True))
-    model = 3.0 * spec.forward_flops() * config.train.batch_size / len(devices)
-    return Work(flops, memory, sum(found.bytes for found in exchanges.values()), model)
+    return flops, memory
