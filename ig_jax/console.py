@@ -24,6 +24,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from ig_jax.errors import full_disk
+
 T = TypeVar("T")
 Advance = Callable[..., None]
 
@@ -40,9 +42,35 @@ def quiet_libraries() -> None:
         if not _has_jax_plugin():
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
     logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
-    # Orbax narrates every step through absl's logger.
-    logging.getLogger("absl").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("absl").addFilter(_is_news)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether what a library logs is to be seen: Orbax narrates every step through absl's logger.
+
+    A full disk it logs with a traceback, and tells the main thread, which says it in a line.
+    """
+    full = record.exc_info is not None and full_disk(record.exc_info[1]) is not None
+    return record.levelno >= logging.ERROR and not full
+
+
+def leave_full_disks_to_the_program() -> None:
+    """Lets no library's thread print that a disk is full, which the main thread is told of, too.
+
+    Nor that TensorStore wanted to tell an event loop that is closed by then.
+    """
+    in_threads, in_calls = threading.excepthook, sys.unraisablehook
+
+    def of_thread(arguments: Any) -> None:
+        if full_disk(arguments.exc_value) is None:
+            in_threads(arguments)
+
+    def of_call(arguments: Any) -> None:
+        if str(arguments.exc_value) != "Event loop is closed":
+            in_calls(arguments)
+
+    threading.excepthook, sys.unraisablehook = of_thread, of_call
 
 
 # What messages and tables use beyond ASCII, for an output that knows no more.

@@ -6,8 +6,11 @@ that says what was found and what was expected, and a run whose numbers ran away
 exit code.
 """
 
+import contextlib
 import enum
-from collections.abc import Collection, Mapping
+import errno
+import os
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -69,6 +72,51 @@ class Stopped(Exception):
     """Work was asked to stop (SIGTERM, Ctrl-C) after it had saved what the same command needs."""
 
     exit_code = Exit.STOPPED
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in a few words without a line break."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, KeyError):
+        return f"no {error}"
+    said = str(error).strip().partition("\n")[0]
+    return said[:120] or type(error).__name__
+
+
+def full_disk(error: BaseException | None) -> str | None:
+    """What a disk says that takes no more, if that is what an exception comes of.
+
+    Libraries pass the operating system's error on as text, or as the cause of one of theirs.
+    """
+    while error is not None:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            said = os.strerror(number)
+            if getattr(error, "errno", None) == number or said in str(error):
+                return said
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextlib.contextmanager
+def reading(file: os.PathLike | str, what: str) -> Iterator[None]:
+    """Inside, the content of a file from outside is read and taken apart.
+
+    What a damaged file raises depends on where it is damaged, so whatever it is becomes one line.
+
+    Args:
+        file: its path, for the message.
+        what: what it should be, such as "a JSON file".
+
+    Raises:
+        InputError: for any exception inside that is not one of ours.
+    """
+    try:
+        yield
+    except OneLineError:
+        raise
+    except Exception as error:
+        raise InputError(f"{file}: cannot be read as {what} ({reason(error)})") from error
 
 
 def suggest(name: str, known: list[str] | tuple[str, ...], limit: int = 3) -> str:

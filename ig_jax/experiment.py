@@ -113,6 +113,13 @@ class Experiment:
         with console.stage("opening the data set"):
             source = DATA_SETS[data.name](data, self.sample_shape, classes)
         self._check(source)
+        # Of data sets of one size; the others are of the size that they are asked for.
+        size = data.image_size if source.autoencoder or len(source.shape) < 3 else source.shape[0]
+        if size != data.image_size:
+            raise InputError(
+                f"config.data.image_size is {data.image_size}: expected {size}, the size of the "
+                f"pictures of the data set {data.name!r}"
+            )
         return source
 
     def open_facts(self, workdir: str, step: int | str = "last") -> DataSource:

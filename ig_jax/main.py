@@ -27,7 +27,15 @@ from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 import ig_jax  # noqa: E402
 from ig_jax import extensions  # noqa: E402
-from ig_jax.errors import EXIT_CODES, Exit, InputError, OneLineError, Stopped, suggest  # noqa: E402
+from ig_jax.errors import (  # noqa: E402
+    EXIT_CODES,
+    Exit,
+    InputError,
+    OneLineError,
+    Stopped,
+    full_disk,
+    suggest,
+)
 from ig_jax.paths import check_workdir  # noqa: E402
 
 START = """\
@@ -76,7 +84,7 @@ def _sample(config: ConfigDict, workdir: str, which: int | str) -> str:
     return _room("sampling.run").run(config, workdir, which)
 
 
-def _evaluate(config: ConfigDict, workdir: str, which: int | str) -> str:
+def _evaluate(config: ConfigDict, workdir: str, which: int | str = "last") -> str:
     return _room("evaluation.run").run(config, workdir, which)
 
 
@@ -222,6 +230,8 @@ def define_config(argv: list[str]) -> None:
     Raises:
         InputError: neither a config file nor a workdir with a checkpoint.
     """
+    if (typed := _argument(argv, "config.imports")) is not None:
+        raise InputError(f"config.imports is {typed!r}: expected --import=FILE, which it records")
     imports = extensions.load(_arguments(argv, "import"))
     workdir, files = _argument(argv, "workdir"), _take(argv, "config")
     if _argument(argv, "mode") == "reproduce":
@@ -329,6 +339,15 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     except KeyboardInterrupt:
         print("ig_jax: interrupted", file=sys.stderr)
         processes.abandon(Exit.INTERRUPTED)
+    except Exception as error:
+        if (reason := full_disk(error)) is None:
+            raise
+        print(
+            f"ig_jax: {workdir} cannot be written to ({reason}): what was complete is kept; make "
+            "room, and the same command continues",
+            file=sys.stderr,
+        )
+        processes.abandon(Exit.BAD_INPUT)
     if processes.is_primary():
         print(last_line)
     return Exit.COMPLETE
@@ -370,6 +389,7 @@ def main(argv: list[str] | None = None) -> int:
     if argv is None:  # a program of its own, and no caller's
         startup.keep_freed_memory()
         stops.listen()
+        console.leave_full_disks_to_the_program()
     with console.speaking():
         return _main(list(sys.argv if argv is None else argv))
 
@@ -453,10 +473,12 @@ def _flag_message(argv: list[str], text: str) -> str:
         path = re.match(r"--?config\.([^=]+)", argument)
         if path:
             config_lib.find_field(path[1])
-    refused = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
-    if refused:
+    if refused := re.match(r"flag --config\.([\w.]+)=(.*?): ", text):
         path, value = refused.groups()
         return f"config.{path} is {value!r}: expected {config_lib.find_field(path).expected}"
+    if refused := re.match(r"flag --(\w+)=(.*?): (?:.*<(.*)>|.*boolean)", text):
+        name, value, choices = refused.groups("true|false")
+        return f"--{name} is {value!r}: expected {choices.replace('|', ' or ')}"
     return text.splitlines()[0]
 
 

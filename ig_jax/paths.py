@@ -42,6 +42,26 @@ def resolve(path: epath.PathLike) -> epath.Path:
     return epath.Path(absolute(typed))
 
 
+def existing_file(path: epath.PathLike, expected: str) -> epath.Path:
+    """The resolved path of a file; raises `InputError` for what is none, or for one of no end.
+
+    Args:
+        path: as typed; local or `gs://`.
+        expected: what it should be, for the message.
+    """
+    file = resolve(path)
+    found = ""
+    if file.is_dir():
+        found = "a folder"
+    elif not file.exists():
+        found = "no such file"
+    elif "://" not in os.fspath(file) and not os.path.isfile(file):
+        found = "a pipe or device"
+    if found:
+        raise InputError(f"{path}: found {found}, expected {expected}")
+    return file
+
+
 def check_writable(path: epath.PathLike, name: str) -> None:
     """Raises `InputError` unless a folder is, or can be made, at a local path; leaves nothing.
 

@@ -10,13 +10,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.paths import resolve
 
 # Endings of pictures, in lower case; a file's own may be in any.
@@ -222,10 +222,20 @@ def from_array(image: np.ndarray) -> Image.Image:
 
 
 def read_image(path: epath.PathLike) -> np.ndarray:
-    """Reads a PNG as (H, W, 1 or 3) uint8."""
-    with Image.open(io.BytesIO(resolve(path).read_bytes())) as picture:
-        array = np.asarray(picture)
+    """Reads a PNG as (H, W, 1 or 3) uint8; raises `InputError`, also for one of another mode."""
+    with reading(path, "a PNG"), resolve(path).open("rb") as file, opened(file) as picture:
+        if picture.mode not in ("L", "RGB"):
+            raise InputError(f"{path}: PNG of mode {picture.mode}, expected 8-bit grey (L) or RGB")
+        array = np.asarray(picture, np.uint8)
     return array[..., None] if array.ndim == 2 else array
+
+
+def opened(file: IO[bytes]) -> Image.Image:
+    """A picture whose header is read; Pillow's own line names the buffer, not the problem."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        raise ValueError("not an image, or of a kind that Pillow does not read") from None
 
 
 def on_white(image: Image.Image) -> Image.Image:

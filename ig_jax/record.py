@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ig_jax.diffusion.guidance import GuidanceOptions
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.models.functional import Params
-from ig_jax.paths import resolve
+from ig_jax.paths import existing_file, resolve
 from ig_jax.storage import files
 
 HASH_BYTES = 16
@@ -175,18 +175,14 @@ def load_sampling(path: os.PathLike | str, count: int) -> tuple[dict[str, Any] |
         pictures, empty if an older version wrote the file. Raises `InputError` if the file is
         something else.
     """
-    try:
+    what = f"JSON with num_samples and a protocol of {', '.join(SAMPLING_FIELDS)}"
+    with reading(path, what):
         values = json.loads(resolve(path).read_text())
         record = dict.fromkeys(SAMPLING_FIELDS) | values["protocol"]
         if record["weights_hash"] is None:
             raise KeyError("weights_hash")
         same = values["num_samples"] == count
         return (record if same else None), str(values.get("samples_hash", ""))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not the protocol of a sample set, expected JSON with num_samples and a "
-            f"protocol of {', '.join(SAMPLING_FIELDS)}"
-        ) from error
 
 
 def picture_hash(image: np.ndarray) -> bytes:
@@ -220,9 +216,7 @@ def _file_hash(path: str, length: int, modified: float) -> str:
 
 def file_hash(path: os.PathLike | str) -> str:
     """SHA-256 of a file in hex; raises `InputError` if there is no such file."""
-    file = resolve(path)
-    if not file.exists() or file.is_dir():
-        raise InputError(f"{path}: no such file")
+    file = existing_file(path, "a file")
     stat = file.stat()
     return _file_hash(os.fspath(file), stat.length, stat.mtime)
 

@@ -45,7 +45,7 @@ def make(table: Mapping[str, type[T]], text: str, what: str, **defaults: Any) ->
             raise InputError(f"{problem}{name} needs its option {field.name!r}")
     try:
         return row(**options)
-    except TypeError as error:
+    except (InputError, TypeError) as error:
         raise InputError(f"{problem}{error}") from None
 
 

@@ -5,7 +5,9 @@ import gc
 import importlib.util
 import os
 import pathlib
+import signal
 import tempfile
+import threading
 
 import pytest
 
@@ -54,6 +56,20 @@ def pytest_runtest_protocol(item):
     with open(pathlib.Path(os.environ["JAX_COMPILATION_CACHE_DIR"], "alone.lock"), "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         return (yield)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+    """A test leaves the answers to signals, the folder and the lock's threads as it found them."""
+
+    def found():
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        locks = [thread for thread in threading.enumerate() if thread.name == "lock"]
+        return [signal.getsignal(number) for number in numbers], os.getcwd(), locks
+
+    before = found()
+    yield
+    assert found() == before
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,6 @@
 """A person's own files: what `--config=FILE` may be, and which `--import` a workdir remembers."""
 
 import pathlib
-import re
 import subprocess
 import sys
 
@@ -21,57 +20,6 @@ def test_a_config_file_and_its_argument(tmp_path):
     assert extensions.read_config(str(tmp_path / "plain.py")).model.width == 32
     (tmp_path / "steps.py").write_text(GOOD.format("n", "tiny_config(num_steps=int(n))"))
     assert extensions.read_config(f"{tmp_path}/steps.py:7").train.num_steps == 7
-
-
-# What is in the file, what follows its name, and the line, {} being its path.
-BAD_FILES = {
-    "syntax": ("x = 1\nx = = 2\n", "", "{}, line 2: SyntaxError: invalid"),
-    "import": ("\nimport nothing_of_this_name\n", "", "{}, line 2: ModuleNotFoundError: No module"),
-    "crash": (GOOD.format("", "1 / 0"), "", "{}, line 4: ZeroDivisionError: division by zero"),
-    "bad family": (
-        "from ig_jax.config import default_config\n\ndef get_config():\n"
-        "    return default_config('stt')\n",
-        "",
-        "{}, line 4: unknown model 'stt': expected one of sit.*did you mean sit",
-    ),
-    "nothing": ("x = 1\n", "", r"{}: no function get_config\(\), expected one"),
-    "no config": (
-        GOOD.format("", "{{}}"),
-        "",
-        r"{}: get_config\(\) returned dict, expected a Config",
-    ),
-    "argument": (
-        GOOD.format("", "tiny_config()"),
-        ":7",
-        "--config is '{}:7': its get_config has too many positional arguments, expected "
-        "--config={}$",
-    ),
-    "no argument": (
-        GOOD.format("n", "tiny_config()"),
-        "",
-        "--config is '{}': its get_config has missing a required argument: 'n', expected "
-        "--config={}:ARGUMENT",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_config_file_gets_one_line_with_its_place(tmp_path, name):
-    text, suffix, message = BAD_FILES[name]
-    path = tmp_path / "my.py"
-    path.write_text(text.replace("{{}}", "{}"))
-    with pytest.raises(
-        InputError, match="^" + message.replace("{}", re.escape(str(path)))
-    ) as caught:
-        extensions.read_config(f"{path}{suffix}")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_is_no_config(tmp_path):
-    with pytest.raises(
-        InputError, match=f"--config is '{tmp_path}': a folder, expected an existing file"
-    ):
-        extensions.read_config(str(tmp_path))
 
 
 RULE = """

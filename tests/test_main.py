@@ -53,52 +53,6 @@ def test_the_readme_has_the_table_of_exit_codes():
 CONFIG = "--config=configs/digits_ig.py"
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["--mode=train"], "--config=FILE (and --workdir=DIR) expected"),
-        (["--config=nowhere.py"], "--config is 'nowhere.py': expected an existing file, or one of"),
-        ([CONFIG], "--workdir=DIR expected"),
-        ([CONFIG, "--workdir={}", "--mode=smaple"], "did you mean sample"),
-        ([CONFIG, "--workdir={}", "--config.train.num_stps=1"], "did you mean num_steps?"),
-        (
-            [CONFIG, "--workdir={}", "--config.train.num_steps=abc"],
-            "config.train.num_steps is 'abc': expected an integer, 1…2147483647",
-        ),
-        (
-            [CONFIG, "--workdir={}", "--config.seed=1", "--config.seed=x"],
-            "config.seed is 'x': expected an integer",
-        ),
-        (
-            [CONFIG, "--workdir={}", "--config.model=5"],
-            "config.model is a section: expected one of its fields, such as config.model.family",
-        ),
-        ([CONFIG, "--workdir={}", "--help=config.gudance"], "did you mean config.guidance"),
-        (
-            [CONFIG, "--workdir={}", "--config.guidance.ig_interval=(0.9,0.1)"],
-            "config.guidance.ig_interval is (0.9, 0.1): expected",
-        ),
-        (["--mode=sample", "--workdir={}"], "no checkpoint in"),
-        ([CONFIG, "--workdir={}", "--sweep"], "--sweep has no meaning with --mode=train"),
-        ([CONFIG, "--workdir={}", "--sizes"], "--sizes has no meaning with --mode=train"),
-        (
-            [CONFIG, "--workdir={}", "--mode=benchmark", "--sizes", "--sweep"],
-            "--sizes has no meaning with --sweep",
-        ),
-        (
-            [CONFIG, "--workdir={}", "--mod=train"],
-            "Unknown command line flag 'mod'. Did you mean: mode",
-        ),
-    ],
-)
-def test_bad_flags_get_one_line(arguments, message, tmp_path):
-    done = run(*(a.format(tmp_path / "w") for a in arguments))
-    assert done.returncode == 2
-    assert done.stderr.startswith("ig_jax: ") and done.stderr.count("\n") == 1, done.stderr
-    assert message in done.stderr
-    assert not (tmp_path / "w").exists()
-
-
 SHOW = """
 import json, sys
 from ig_jax import main
@@ -173,36 +127,6 @@ def test_step(called, tmp_path, mode, step, found):
     save(tmp_path, 2, 4, 7, 9, scores={4: 0.1, 7: 0.2})
     call(mode, f"--workdir={tmp_path}/checkpoints/", *step)
     assert called == [{"workdir": str(tmp_path), "which": found}]
-
-
-@pytest.mark.parametrize(
-    "mode,arguments,evaluation,message",
-    [
-        ("sample", ["--step=newest"], {}, "--step is 'newest': expected last, best, or the number"),
-        ("sample", ["--step=-1"], {}, "--step is '-1': expected last, best, or the number"),
-        ("sweep", ["--step=3"], {}, "no checkpoint of step 3 in .*: there are 2, 9$"),
-        ("evaluate", ["--step=best"], {}, "no checkpoint in .* carries a score"),
-        (
-            "train",
-            ["--step=2"],
-            {},
-            "--step has no meaning with --mode=train: expected it with sam",
-        ),
-        ("train", ["--fast"], {}, "--fast has no meaning with --mode=train: expected it with abl"),
-        ("evaluate", ["--step=2"], {"samples": "a.npz"}, "with --mode=evaluate and --config.eval"),
-        ("sample", ["--workdir={}/checkpoints/2"], {}, "as in --workdir={} --step=2$"),
-        ("sample", ["--workdir="], {}, "--workdir=DIR expected"),
-        ("train", ["--workdir={}/file"], {}, "{}/file is a file, expected a folder"),
-        ("evaluate", ["--workdir={}/file"], {"samples": "a.npz"}, "is a file, expected a folder"),
-    ],
-)
-def test_step_and_workdir_that_cannot_be(called, tmp_path, mode, arguments, evaluation, message):
-    save(tmp_path, 2, 9)
-    (tmp_path / "file").write_text("")
-    arguments = [f"--workdir={tmp_path}", *(a.format(tmp_path) for a in arguments)]
-    with pytest.raises(InputError, match=message.replace("{}", str(tmp_path))):
-        call(mode, *arguments, **evaluation)
-    assert not called
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ class TestStoredRecord:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"num_samples": 3, "protocol": {}}'])
     def test_something_else(self, tmp_path, text):
         (tmp_path / "protocol.json").write_text(text)
-        with pytest.raises(InputError, match="protocol.json: not the protocol of a sample set"):
+        with pytest.raises(InputError, match="protocol.json: cannot be read as JSON with num_s"):
             record.load_sampling(tmp_path / "protocol.json", 3)
 
 
@@ -135,7 +135,7 @@ class TestWeights:
 
 
 def test_autoencoder_is_hashed(tmp_path):
-    with pytest.raises(InputError, match="vae.pt: no such file"):
+    with pytest.raises(InputError, match="vae.pt: found no such file"):
         record.file_hash(tmp_path / "vae.pt")
     (tmp_path / "vae.pt").write_bytes(b"abc")
     # SHA-256 of "abc", FIPS 180-2.

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import jax
 import numpy as np
@@ -101,7 +102,11 @@ def test_sample_mode_writes_pictures_and_npz(tmp_path):
     for index in (3, 7):
         (samples / "images" / f"{index:06d}.png").unlink()
     (samples / "images" / "000003.png.partial").write_bytes(b"half")
-    assert "2 drawn now" in sampling.run(config, str(tmp_path))
+    # What a machine that lost power leaves, or a copy; and what belongs to somebody else.
+    (samples / "images" / "000001.png").write_bytes(b"")
+    os.truncate(samples / "images" / "000002.png", 40)
+    (samples / "images" / "abcdef.png").write_bytes(b"")
+    assert "4 drawn now" in sampling.run(config, str(tmp_path))
     with np.load(samples / "samples.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], found)
     config.sampler.num_samples = 12

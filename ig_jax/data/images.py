@@ -333,7 +333,7 @@ def decode(data: bytes, size: int, turned: bool = True) -> Picture:
         turned: whether EXIF's orientation counts.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = pictures.opened(io.BytesIO(data))
         converted = "" if image.mode == "RGB" else image.mode
         rgb = to_rgb(image)
         if is_transparent(image):
@@ -342,9 +342,6 @@ def decode(data: bytes, size: int, turned: bool = True) -> Picture:
             rgb = _upright(rgb, image)
     except UnreadableImage:
         raise
-    except Image.UnidentifiedImageError as error:
-        # Pillow's message names the buffer, not the problem.
-        raise UnreadableImage("not an image, or of a kind that Pillow does not read") from error
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise UnreadableImage(str(error) or type(error).__name__) from error
     if max(rgb.size) > MAX_ASPECT * min(rgb.size):

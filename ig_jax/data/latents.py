@@ -16,7 +16,6 @@ import math
 import os
 import re
 import threading
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,15 +25,18 @@ import safetensors
 from ig_jax import pictures
 from ig_jax.data import images, shards
 from ig_jax.data.source import DataSource, Example, RandomAccess, hold_out
-from ig_jax.errors import InputError, suggest
+from ig_jax.errors import InputError, reading, suggest
 from ig_jax.models.autoencoder import AUTOENCODERS
-from ig_jax.storage import weight_files
+from ig_jax.storage import files, weight_files
 
 # Examples that per-channel statistics are computed from where a layout brings none; LightningDiT's
 # own code takes as many.
 STATISTICS_EXAMPLES = 10_000
 # Files of per-channel statistics, the preferred first; LightningDiT's code writes the last.
 STATISTICS = ("latents_stats.safetensors", "latents_stats.npz", "latents_stats.pt")
+
+# As many as a network may have.
+MOST_CLASSES = 2**24
 
 log = logging.getLogger("ig_jax")
 
@@ -179,21 +181,21 @@ def read_statistics(file: os.PathLike | str, channels: int) -> tuple[np.ndarray,
     """
     if not os.fspath(file).endswith(".npz"):
         return _checked_statistics(file, weight_files.read_checkpoint(file), channels)
-    try:
-        with np.load(file) as content:
-            return _checked_statistics(file, dict(content), channels)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: damaged, or not an .npz file ({error})") from error
+    with files.open_npz(file, "statistics in an .npz file") as content:
+        return _checked_statistics(file, dict(content), channels)
 
 
 def _checked_statistics(
     where: os.PathLike | str, content: Mapping[str, Any], channels: int
 ) -> tuple[np.ndarray, np.ndarray]:
     if not {"mean", "std"} <= set(content):
-        raise InputError(f"{where}: found {', '.join(map(str, content))}, expected mean and std")
-    mean, std = (np.asarray(content[name], np.float32).reshape(-1) for name in ("mean", "std"))
+        found = ", ".join(map(str, content)) or "nothing"
+        raise InputError(f"{where}: found {found}, expected mean and std")
+    with reading(where, "numbers of mean and std"):
+        mean, std = (
+            np.asarray(content[name]).astype(np.float32, casting="same_kind").reshape(-1)
+            for name in ("mean", "std")
+        )
     if not len(mean) == len(std) == channels:
         raise InputError(
             f"{where}: found {len(mean)} values of mean and {len(std)} of std, expected one a "
@@ -223,14 +225,13 @@ def _sampled_statistics(source: RandomAccess) -> tuple[np.ndarray, np.ndarray]:
 
 def _classes(where: str, labels: np.ndarray, num_classes: int | None) -> dict[str, Any]:
     """Number and names of classes, for the layouts without names."""
-    count = int(labels.max()) + 1
-    if num_classes:
-        if count > num_classes:
-            raise InputError(
-                f"{where}: found label {count - 1}, expected labels below {num_classes} "
-                "(config.model.num_classes)"
-            )
-        count = num_classes
+    count, most = int(labels.max()) + 1, num_classes or MOST_CLASSES
+    if count > most:
+        raise InputError(
+            f"{where}: found label {count - 1}, expected labels below {most} "
+            "(config.model.num_classes)"
+        )
+    count = num_classes or count
     if labels.min() < 0:
         raise InputError(f"{where}: found label {labels.min()}, expected labels from 0 on")
     return {"num_classes": count, "class_names": class_names(count)}
@@ -385,24 +386,32 @@ class NpySource:
         folder: that holds `dataset.json`.
         names: (N,) bytes, relative paths.
         labels: (N,) int32.
+
+    Attributes:
+        shape: (H, W, C) of every latent, which is the first one's.
     """
+
+    shape: tuple[int, ...] | None = None
 
     def __init__(self, folder: str, names: np.ndarray, labels: np.ndarray):
         self._folder, self._names, self._labels = folder, names, labels
+        self.shape = self[0]["mean"].shape
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Example:
         file = self.where(index)
-        try:
-            with open(file, "rb") as stream:
-                moments = _parse_npy(stream.read())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file}: missing, damaged or not a NumPy file ({error})") from error
-        if moments.ndim != 3 or len(moments) % 2:
+        with reading(file, "a NumPy file"), open(file, "rb") as stream:
+            moments = _parse_npy(stream.read())
+        if moments.ndim != 3 or len(moments) % 2 or not moments.size:
             raise InputError(
                 f"{file}: found shape {moments.shape}, expected (2·C, H, W), mean and then std"
+            )
+        if self.shape not in (None, (*moments.shape[1:], len(moments) // 2)):
+            raise InputError(
+                f"{file}: found shape {moments.shape}, expected "
+                f"{(2 * self.shape[2], *self.shape[:2])} as {self.where(0)} has"
             )
         mean, std = map(_channels_last, np.split(moments, 2))
         if not std.min() >= 0:
@@ -423,8 +432,8 @@ _header_lock = threading.Lock()
 @functools.lru_cache(maxsize=16)
 def _npy_header(header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
     read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-    if header[6] not in read:
-        raise ValueError(f"version {header[6]} of the format")
+    if header[6] not in read or header[7]:
+        raise ValueError(f"version {header[6]}.{header[7]} of the format")
     return read[header[6]](io.BytesIO(header[8:]))
 
 
@@ -440,8 +449,8 @@ def _parse_npy(data: bytes) -> np.ndarray:
     start = first + int.from_bytes(data[8 : 8 + size], "little")
     with _header_lock:
         shape, fortran, dtype = _npy_header(data[:start])
-    if dtype.hasobject:
-        raise ValueError("Python objects")
+    if dtype.kind not in "fiu":
+        raise ValueError(f"values of type {dtype}")
     if len(data) != start + math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for shape {shape} of {dtype}")
     return np.frombuffer(data, dtype, offset=start).reshape(shape, order="F" if fortran else "C")
@@ -464,7 +473,7 @@ def _open_npy(folder: str, autoencoder: str | None, num_classes: int | None) -> 
         raise InputError(f"{folder}: holds no .npy files, expected latents beside dataset.json")
     labels, classes = _npy_classes(os.path.join(folder, "dataset.json"), names, num_classes)
     source = NpySource(folder, np.array(list(map(os.fsencode, names))), labels)
-    shape = source[0]["mean"].shape
+    shape = source.shape
     if autoencoder is None and shape[-1] == 4:
         autoencoder = "sd-vae-ft-ema"
     published = AUTOENCODERS.get(autoencoder)
@@ -592,7 +601,8 @@ class SafetensorsSource:
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         length = int(np.prod(shape)) * dtype.itemsize
         # Not mapped: touched pages would count as this process's memory, and grow to the data set.
-        data = os.pread(self._descriptor(shard), length, entry["start"] + position * length)
+        with reading(self._files[shard], "a safetensors file"):
+            data = os.pread(self._descriptor(shard), length, entry["start"] + position * length)
         if len(data) < length:
             raise InputError(f"{self._files[shard]}: truncated, example {position} is not there")
         return _channels_last(_values(data, entry["dtype"]).reshape(shape))
@@ -624,16 +634,18 @@ def _safetensors_names(path: str) -> list[str]:
 def _safetensors_header(file: str) -> dict[str, Any]:
     """Where the tensors of a file are; raises `InputError` for a damaged or foreign one."""
     size = os.path.getsize(file)
-    with open(file, "rb") as stream:
+    with reading(file, "a safetensors file"), open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        try:
-            content = json.loads(stream.read(length)) if length < size else None
-        except (ValueError, UnicodeDecodeError):
-            content = None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: truncated or not a safetensors file")
-    entries = {k: v for k, v in content.items() if k != "__metadata__"}
-    _check_safetensors(file, size, 8 + length, entries)
+        if not 0 < length < size:
+            raise ValueError("truncated, or another kind of file")
+        content = json.loads(stream.read(length))
+        entries = {k: v for k, v in content.items() if k != "__metadata__"}
+        end = 8 + length + max((e["data_offsets"][1] for e in entries.values()), default=0)
+        if size < end:
+            raise InputError(f"{file}: truncated, {size} of {end} bytes")
+        # The tensors must fill the file, as the format demands.
+        with safetensors.safe_open(file, framework="np"):
+            pass
     if "latents" not in entries:
         raise InputError(
             f"{file}: found {', '.join(entries) or 'nothing'}, expected latents, and perhaps "
@@ -648,6 +660,10 @@ def _safetensors_header(file: str) -> dict[str, Any]:
         for name in ("latents", "latents_flip", "labels")
         if name in entries
     }
+    for name, entry in header.items():
+        axes = "[N]" if name == "labels" else "[N, C, H, W]"
+        if len(entry["shape"]) != axes.count(",") + 1:
+            raise InputError(f"{file}: {name} has shape {entry['shape']}, expected {axes}")
     counts = {name: entry["shape"][0] for name, entry in header.items()}
     if len(set(counts.values())) > 1:
         raise InputError(f"{file}: found {counts}, expected as many labels as latents")
@@ -657,21 +673,6 @@ def _safetensors_header(file: str) -> dict[str, Any]:
                 f"{file}: {name} is of type {entry['dtype']}, expected {', '.join(_DTYPES)}"
             )
     return header
-
-
-def _check_safetensors(file: str, size: int, start: int, entries: Mapping[str, Any]) -> None:
-    """Raises `InputError` unless a header's tensors fill the file, as the format demands."""
-    try:
-        end = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (TypeError, KeyError, IndexError):
-        end = size
-    if size < end:
-        raise InputError(f"{file}: truncated, {size} of {end} bytes")
-    try:
-        with safetensors.safe_open(file, framework="np"):
-            pass
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file}: not a safetensors file ({error})") from error
 
 
 def _read_labels(file: str, header: Mapping[str, Any]) -> np.ndarray:
@@ -691,13 +692,17 @@ def _read_labels(file: str, header: Mapping[str, Any]) -> np.ndarray:
 
 
 def _safetensors_classes(
-    path: str, whole: Sequence[str], headers: Sequence[Mapping[str, Any]], num_classes: int | None
+    whole: Sequence[str], headers: Sequence[Mapping[str, Any]], num_classes: int | None
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """The label of every latent, and their classes; all shards have labels, or none."""
     without = [file for file, header in zip(whole, headers, strict=True) if "labels" not in header]
     if not without:
-        labels = np.concatenate([_read_labels(*pair) for pair in zip(whole, headers, strict=True)])
-        return labels, _classes(path, labels, num_classes)
+        parts = [_read_labels(*pair) for pair in zip(whole, headers, strict=True)]
+        # The file that a line on a label is about, should there be one.
+        extremes = ((p.min(initial=0) < 0, p.max(initial=0)) for p in parts)
+        _, where = max(zip(extremes, whole, strict=True))
+        labels = np.concatenate(parts)
+        return labels, _classes(where, labels, num_classes)
     if len(without) < len(whole):
         raise InputError(
             f"{without[0]}: holds no labels, expected some as the other shards have "
@@ -733,7 +738,7 @@ def _open_safetensors(
                 )
     if not any(header["latents"]["shape"][0] for header in headers):
         raise InputError(f"{path}: the shards are empty, expected latents")
-    labels, classes = _safetensors_classes(path, whole, headers, num_classes)
+    labels, classes = _safetensors_classes(whole, headers, num_classes)
     source = SafetensorsSource(whole, headers, labels)
     mean, std = known_statistics(path, autoencoder or "", shape[-1]) or _sampled_statistics(source)
     return source, {

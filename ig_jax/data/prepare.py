@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import errno
 import itertools
 import os
 import shutil
@@ -22,7 +21,9 @@ import numpy as np
 from ig_jax import console, pictures
 from ig_jax.data import shards
 from ig_jax.data.images import ON_WHITE, Images, Picture, UnreadableImage, decode
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, full_disk
+from ig_jax.storage.lock import FILE as LOCK
+from ig_jax.storage.lock import hold
 
 Encode = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -77,7 +78,8 @@ def prepare(
         A line that says what was done.
 
     Raises:
-        InputError: `path` holds something else, or the disk is full (finished shards are kept).
+        InputError: `path` holds something else, another run prepares or trains there, or the disk
+            is full (finished shards are kept).
     """
     path = shards.require_local(path)
     plan = {
@@ -100,8 +102,9 @@ def prepare(
     }
     all_images = sum(map(len, ranges.values()))
     done = all_images - sum(len(ranges[shard]) for shard in pending)
-    with _full_disk_explained(path, total):
+    with _full_disk_explained(path, total), contextlib.ExitStack() as stack:
         os.makedirs(path, exist_ok=True)
+        stack.enter_context(hold(path))
         shards.write_json(os.path.join(path, shards.PLAN), plan, f".partial{process_index}")
         stream = _decoded(
             images,
@@ -126,8 +129,8 @@ def _check_plan(path: str, plan: Mapping[str, Any]) -> None:
         raise InputError(f"config.data.path is {path!r}: found a file, expected a directory")
     # In this order: what another process of this run has just written is preceded by its plan.
     found = itertools.chain(*pictures.list_folder(path))
-    others = [name for name in found if ".partial" not in name]
-    old = shards.read_json(os.path.join(path, shards.PLAN))
+    others = [name for name in found if ".partial" not in name and name != LOCK]
+    old = shards.read_plan(path)
     if old is None:
         if others:
             raise InputError(
@@ -280,17 +283,7 @@ def _full_disk_explained(path: str, total: int) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # ArrayRecord reports the operating system's error as text.
-        number = error.errno if isinstance(error, OSError) else None
-        reason = next(
-            (
-                os.strerror(code)
-                for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-                if number == code or (number is None and os.strerror(code) in str(error))
-            ),
-            None,
-        )
-        if reason is None:
+        if (reason := full_disk(error)) is None:
             raise
         sizes = [
             marker.bytes for shard in range(total) if (marker := _finished(path, shard, total))

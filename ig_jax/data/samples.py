@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax.data.source import ArraySource, DataSource, hold_out
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.paths import resolve
 from ig_jax.storage import files
 
@@ -54,17 +55,33 @@ def open_samples(path: epath.PathLike, num_validation: int = 0) -> DataSource:
             f"config.data.path is {str(path)!r}: expected a folder with {INDEX}, a network's own "
             "samples (a training with --config.data.name=samples draws them)"
         )
-    try:
+    with reading(folder / INDEX, "an index of samples"):
         index = json.loads((folder / INDEX).read_text())
         source = DataSource.from_facts(index["source"])
-        pieces = [_piece(folder / name) for name in index["pieces"]]
+        names = [os.fspath(name) for name in index["pieces"]]
+        if outside := [name for name in names if name != os.path.basename(name)]:
+            raise InputError(
+                f"{folder / INDEX}: names the file {outside[0]!r}, expected one of this folder"
+            )
+        pieces = [_piece(folder / name, source) for name in names]
         examples = ArraySource(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / INDEX}: damaged samples ({error})") from error
     train, validation = hold_out(examples, num_validation)
     return dataclasses.replace(source, train=train, validation=validation)
 
 
-def _piece(path: epath.Path) -> tuple[np.ndarray, np.ndarray]:
-    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-        return arrays["x"], arrays["labels"]
+def _piece(path: epath.Path, source: DataSource) -> tuple[np.ndarray, np.ndarray]:
+    with files.open_npz(path, "samples in an .npz file") as arrays:
+        x, labels = arrays["x"], arrays["labels"]
+        if x.shape != (len(labels), *source.shape) or x.dtype != np.float32:
+            raise InputError(
+                f"{path}: found {x.dtype} {x.shape} with {len(labels)} labels, expected float32 "
+                f"{('N', *source.shape)}"
+            )
+        if labels.dtype.kind not in "iu" or not 0 <= labels.min() <= labels.max() < max(
+            source.num_classes, 1
+        ):
+            raise InputError(
+                f"{path}: found labels {labels.min()}…{labels.max()} of type {labels.dtype}, "
+                f"expected 0…{max(source.num_classes, 1) - 1}"
+            )
+        return x, labels

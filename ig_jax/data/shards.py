@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,12 +30,14 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from ig_jax import console
 from ig_jax.data.source import Example
-from ig_jax.errors import InputError
-from ig_jax.paths import resolve
-from ig_jax.storage.files import file_digest, write_atomically
+from ig_jax.errors import InputError, reading
+from ig_jax.paths import existing_file, resolve
+from ig_jax.storage.files import file_digest, json_digest, write_atomically
 
 FORMAT = "ig_jax latents 1"
 PLAN, INDEX = "plan.json", "index.json"
+# Of the index: the digest of its other fields.
+DIGEST = "digest"
 FIELDS = ("mean", "std")
 TWIN_FIELDS = ("mean_flip", "std_flip")
 # Uncompressed: float32 noise hardly shrinks, and one record is one read.
@@ -81,15 +84,22 @@ def write_json(path: str, values: Mapping[str, Any], partial_suffix: str = ".par
         partial.write_bytes(json.dumps(values, ensure_ascii=False).encode())
 
 
-def read_json(path: str) -> dict[str, Any] | None:
-    """Reads a JSON file; None if there is none; raises `InputError` if it is damaged."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
+def read_json(path: str) -> Any:
+    """What a JSON file holds; None if there is none; raises `InputError` if it is damaged."""
+    if not os.path.lexists(path):
         return None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged JSON file ({error})") from error
+    with existing_file(path, "a JSON file").open() as file, reading(path, "a JSON file"):
+        return json.load(file)
+
+
+def _read_object(path: str) -> dict[str, Any] | None:
+    """As `read_json`, of one of ours; raises `InputError` for anything but an object."""
+    if not os.path.lexists(path):
+        return None
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise InputError(f"{path}: found a {type(found).__name__}, expected an object with fields")
+    return found
 
 
 def read_index(path: str) -> dict[str, Any]:
@@ -107,9 +117,10 @@ def read_index(path: str) -> dict[str, Any]:
     Raises:
         InputError: there is none, preparing is not finished, or it is of another format.
     """
-    index = read_json(os.path.join(path, INDEX))
+    where = os.path.join(path, INDEX)
+    index = _read_object(where)
     if index is None:
-        plan = read_json(os.path.join(path, PLAN))
+        plan = read_plan(path)
         if plan is None:
             raise InputError(f"{path}: found no {INDEX}, expected prepared latents")
         total = num_shards(plan)
@@ -119,15 +130,61 @@ def read_index(path: str) -> dict[str, Any]:
             "finished, run the same --mode=prepare command again and it continues"
         )
     if index.get("format") != FORMAT:
-        raise InputError(
-            f"{path}/{INDEX}: found format {index.get('format')!r}, expected {FORMAT!r}"
-        )
-    for shard in index["shards"]:
-        if shard["file"] != os.path.basename(shard["file"]) or shard["file"] in ("", ".", ".."):
+        raise InputError(f"{where}: found format {index.get('format')!r}, expected {FORMAT!r}")
+    with reading(where, "an index of latents"):
+        written = index.pop(DIGEST, None)  # older versions wrote none
+        if written not in (None, json_digest(index)):
             raise InputError(
-                f"{path}/{INDEX}: names the shard {shard['file']!r}, expected a file of this folder"
+                f"{where}: has another checksum than when it was written, run the same "
+                "--mode=prepare command again to write it anew"
             )
+        _check_index(where, index)
     return index
+
+
+def _check_index(where: str, index: Mapping[str, Any]) -> None:
+    """Raises `InputError` or another exception unless the fields that are read are as written."""
+    kinds = {"shards": list, "fields": list, "shape": list, "class_names": list}
+    for name, kind in (kinds | {"statistics": dict, "autoencoder": str}).items():
+        if not isinstance(index[name], kind):
+            raise InputError(f"{where}: {name} is {index[name]!r:.80}, expected a {kind.__name__}")
+    fields, shape, shards = tuple(index["fields"]), index["shape"], index["shards"]
+    if fields not in (FIELDS, FIELDS + TWIN_FIELDS):
+        raise InputError(f"{where}: fields is {index['fields']}, expected {', '.join(FIELDS)}")
+    if len(shape) != 3 or not all(isinstance(n, int) and n > 0 for n in shape):
+        raise InputError(f"{where}: shape is {shape}, expected [H, W, C]")
+    if names := [name for name in index["class_names"] if not isinstance(name, str)]:
+        raise InputError(f"{where}: names the class {names[0]!r}, expected a text")
+    record = 4 * (1 + len(fields) * math.prod(shape))
+    for shard in shards:
+        file, examples, size = shard["file"], shard["examples"], shard["bytes"]
+        if file != os.path.basename(file) or file in ("", ".", "..") or "\0" in file:
+            raise InputError(f"{where}: names the shard {file!r}, expected a file of this folder")
+        if not isinstance(examples, int) or not 0 <= examples * record <= size:
+            raise InputError(
+                f"{where}: {file} has {examples!r} examples in {size!r} bytes, expected {record} "
+                "bytes or more for each"
+            )
+    if not any(shard["examples"] for shard in shards):
+        raise InputError(f"{where}: names no shards with examples, expected at least one")
+    for name in ("mean", "std"):
+        found = np.asarray(index["statistics"][name], np.float32)
+        least = -np.inf if name == "mean" else 0
+        if found.shape != (shape[-1],) or not (np.isfinite(found) & (found > least)).all():
+            raise InputError(
+                f"{where}: {name} of statistics is {found.tolist()}, expected a number for each of "
+                f"{shape[-1]} channels{', above 0' if name == 'std' else ''}"
+            )
+
+
+def read_plan(path: str) -> dict[str, Any] | None:
+    """What is being prepared in a folder; None if nothing is; raises `InputError`."""
+    where = os.path.join(path, PLAN)
+    plan = _read_object(where)
+    if plan is not None:
+        with reading(where, "a plan of latents"):
+            num_shards(plan)
+    return plan
 
 
 def num_shards(plan: Mapping[str, Any]) -> int:
@@ -161,7 +218,7 @@ def verify(path: str) -> dict[str, str]:
         What is wrong, by file; empty if all is well. Raises `InputError` if there are no latents.
     """
     path = require_local(path)
-    plan = read_json(os.path.join(path, PLAN))
+    plan = read_plan(path)
     if plan is None:
         raise InputError(f"{path}: found no {PLAN}, expected prepared latents")
     total = num_shards(plan)
@@ -202,7 +259,7 @@ class ShardSource:
     def __getitem__(self, index: int) -> Example:
         try:
             return decode_record(self._records[index], self._fields, self._shape)
-        except (RuntimeError, ValueError, IndexError) as error:
+        except Exception as error:  # what a damaged file raises depends on where it is damaged
             if not 0 <= index < len(self):
                 raise IndexError(index) from error
             file = self.where(index)
@@ -310,7 +367,7 @@ def make_index(plan: Mapping[str, Any], markers: Sequence[Marker]) -> dict[str, 
         {"file": m.file, "examples": m.examples, "bytes": m.bytes, "sha256": m.sha256}
         for m in markers
     ]
-    return {
+    index = {
         **plan,
         "fields": [*FIELDS, *(TWIN_FIELDS if plan["twins"] else ())],
         "shape": shape,
@@ -325,6 +382,7 @@ def make_index(plan: Mapping[str, Any], markers: Sequence[Marker]) -> dict[str, 
         "enlarged": [name for marker in markers for name in marker.enlarged],
         "labels": [label for marker in markers for label in marker.labels],
     }
+    return index | {DIGEST: json_digest(index)}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -125,6 +125,8 @@ def hold_out(source: RandomAccess, num_validation: int) -> tuple[RandomAccess, R
     Raises:
         InputError: nothing would be left to train on.
     """
+    if not len(source):
+        raise InputError("the data set is empty: expected at least one example")
     if not 0 <= num_validation < len(source):
         raise InputError(
             f"config.data.num_validation is {num_validation}: expected 0…{len(source) - 1}, "

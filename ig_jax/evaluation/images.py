@@ -21,7 +21,7 @@ from ig_jax import pictures
 from ig_jax import record as record_lib
 from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.evaluation.extractors import CHUNK
 from ig_jax.evaluation.statistics import NpzImages
 from ig_jax.experiment import ToImages
@@ -75,14 +75,14 @@ class PngFolder:
                 *(path, len(others), pictures.printable(others[0])),
             )
         self.files = [self.path / name for name in names]
-        self.shape = (len(self.files), *self._read(self.files[0]).shape)
+        self.shape = (len(self.files), *pictures.read_image(self.files[0]).shape)
 
     def chunks(self, size: int) -> Iterator[np.ndarray]:
         """Yields (≤ size, H, W, C) uint8 arrays; raises `InputError` if files differ."""
         for start in range(0, len(self.files), size):
             images = []
             for file in self.files[start : start + size]:
-                picture = self._read(file)
+                picture = pictures.read_image(file)
                 if picture.shape != self.shape[1:]:
                     raise InputError(
                         f"{file}: picture of shape {picture.shape}, "
@@ -90,23 +90,6 @@ class PngFolder:
                     )
                 images.append(picture)
             yield np.stack(images)
-
-    @staticmethod
-    def _read(file: epath.Path) -> np.ndarray:
-        from PIL import Image
-
-        try:
-            with file.open("rb") as stream, Image.open(stream) as picture:
-                if picture.mode not in ("L", "RGB"):
-                    raise InputError(
-                        f"{file}: PNG of mode {picture.mode}, expected 8-bit grey (L) or RGB"
-                    )
-                pixels = np.asarray(picture, np.uint8)
-        except InputError:
-            raise
-        except Exception as error:  # what a damaged file raises depends on where it is damaged
-            raise InputError(f"{file}: not a readable PNG ({error})") from error
-        return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _natural(name: str) -> list[Any]:
@@ -175,13 +158,9 @@ def stored_facts(path: os.PathLike | str, count: int) -> StoredFacts:
     beside = resolve(path).parent
     labels, record, digest = None, None, ""
     if (beside / "labels.txt").exists():
-        lines = (beside / "labels.txt").read_text().splitlines()
-        try:
+        with reading(beside / "labels.txt", "lines of index, label and name"):
+            lines = (beside / "labels.txt").read_text(encoding="utf-8").splitlines()
             labels = np.asarray([int(line.split()[1]) for line in lines], np.int32)
-        except (ValueError, IndexError) as error:
-            raise InputError(
-                f"{beside}/labels.txt: expected lines of index, label and name ({error})"
-            ) from error
         labels = labels if len(labels) == count else None
     if (beside / "protocol.json").exists():
         record, digest = record_lib.load_sampling(beside / "protocol.json", count)

@@ -461,6 +461,11 @@ METRICS: dict[str, Metric] = {
 
 
 def check_name(config: ConfigDict) -> str:
-    """The row of `METRICS` that `config.sweep.metric` names; raises `InputError` if none is."""
+    """The row of `METRICS` that `config.sweep.metric` names.
+
+    Raises:
+        InputError: it names none, or `config.ablation.metrics` does not.
+    """
     config_lib.check_choice(config, "sweep.metric", METRICS)
+    config_lib.check_choice(config, "ablation.metrics", METRICS)
     return config.sweep.metric

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from ig_jax import record as record_lib
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.evaluation import features, statistics
 from ig_jax.evaluation import images as images_lib
 from ig_jax.evaluation.extractors import FeatureExtractor
@@ -25,7 +25,7 @@ from ig_jax.evaluation.images import DataImages, StoredImages
 from ig_jax.evaluation.statistics import NpzImages, ReferenceStatistics
 from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
-from ig_jax.paths import resolve
+from ig_jax.paths import existing_file, resolve
 from ig_jax.storage import files
 
 # Vectors kept for precision and recall, as many as ADM's reference sets have.
@@ -104,7 +104,7 @@ def _open_statistics(
     made_by = stored.metadata.get("extractor")
     if made_by not in (None, extractor.fingerprint):
         raise InputError(
-            f"{path}: statistics of another feature extractor ({made_by[:8]}), expected "
+            f"{path}: statistics of another feature extractor ({str(made_by)[:8]}), expected "
             f"{extractor.name} ({extractor.fingerprint[:8]})"
         )
     digest = record_lib.file_hash(path)
@@ -133,13 +133,9 @@ def _open_statistics(
 
 
 def _members(path: epath.Path) -> list[str]:
-    if not path.exists():
-        raise InputError(f"{path}: no such file; expected a reference .npz, or empty for the data")
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: not an .npz file, or truncated ({error})") from error
+    file = existing_file(path, "a reference .npz, or no path for the data set")
+    with reading(path, "an .npz file"), file.open("rb") as stream, zipfile.ZipFile(stream) as found:
+        return [name.removesuffix(".npy") for name in found.namelist()]
 
 
 def _kept(count: int) -> np.ndarray:

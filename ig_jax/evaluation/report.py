@@ -16,11 +16,11 @@ from typing import Any
 from etils import epath
 
 from ig_jax import console, pictures
-from ig_jax.errors import InputError
+from ig_jax.errors import reading
 from ig_jax.evaluation.metrics import METRICS, Metric
 from ig_jax.evaluation.scoring import FOLDER
 from ig_jax.parallel.processes import is_primary
-from ig_jax.paths import resolve
+from ig_jax.paths import existing_file, resolve
 from ig_jax.record import describe_guidance
 from ig_jax.storage import files
 
@@ -104,20 +104,13 @@ def save(path: os.PathLike | str, results: Sequence[Result]) -> None:
 
 def load(path: os.PathLike | str) -> list[Result]:
     """Reads what `save` wrote; raises `InputError` if the file is missing or something else."""
-    file = resolve(path)
-    if not file.exists() or file.is_dir():
-        raise InputError(f"{path}: no such file; expected a result of --mode=evaluate (.json)")
-    try:
+    file = existing_file(path, "a result of --mode=evaluate (.json)")
+    with reading(path, "a result of --mode=evaluate, JSON with metrics and protocols"):
         rows = json.loads(file.read_text())["results"]
         results = [Result(r["metrics"], r["protocol"], tuple(r["notes"])) for r in rows]
         if not results or not all(isinstance(r.protocol, dict) for r in results):
             raise ValueError("no results")
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(
-            f"{path}: not a result of --mode=evaluate, expected JSON with results, each with "
-            "metrics and protocol"
-        ) from error
-    return results
+        return results
 
 
 def report(results: Sequence[Result], workdir: epath.PathLike) -> str:

@@ -219,9 +219,10 @@ def score_files(
     opened = scoring.open_scorer(experiment, source, workdir)
     opened.check_count(images.shape[0], f"the number of pictures in {images.path}")
     opened.check_resolution(images.shape[1:3])
+    # Before the reference is computed and kept: what is wrong with a picture shows first.
+    rows, share = opened.rows() | {"pool"}, images_lib.share(images)
+    found = features.extract(share, images.shape[0], opened.extractor, "sample features", rows)
     scorer = opened.scorer()
-    rows, share = scorer.rows() | {"pool"}, images_lib.share(images)
-    found = features.extract(share, images.shape[0], scorer.extractor, "sample features", rows)
     facts, notes = facts.of(found.digest)
     scores, more = scorer.score(found, facts.labels)
     record = scorer.record(found, facts.record) | {"samples": str(images.path)}

@@ -66,6 +66,10 @@ class Opened:
             if given.issuperset(metric.needs) and (self.classes or not metric.labels)
         }
 
+    def rows(self) -> set[str]:
+        """Which features the metrics read picture by picture, if the reference has its parts."""
+        return {row for metric in self.metrics.values() for row in metric.rows}
+
     def check_count(self, count: int, what: str) -> None:
         """Raises `InputError` if `count` pictures are too few; the line starts with `what`."""
         found = self.reference.count

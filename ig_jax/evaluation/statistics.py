@@ -12,25 +12,20 @@ import functools
 import json
 import os
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 import jax
 import numpy as np
-from etils import epath
 
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.parallel import hosts
-from ig_jax.paths import resolve
-from ig_jax.storage.files import write_atomically
+from ig_jax.paths import existing_file, resolve
+from ig_jax.storage.files import Arrays, open_npz, write_atomically
 
 # Rows are folded in blocks of this many, whatever sizes they arrive in, so that the result does not
 # depend (not even in the last bit) on batch sizes.
 BLOCK = 1024
-
-# What reading a damaged zip member raises.
-DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +225,7 @@ def load_statistics(path: os.PathLike | str) -> ReferenceStatistics:
     Raises:
         InputError: if the file is missing, damaged, pickled, or has no `mu` and `sigma`.
     """
-    with _open_npz(path) as file:
+    with open_npz(path, "statistics in an .npz file") as file:
         missing = {"mu", "sigma"} - set(file.files)
         if missing:
             raise InputError(
@@ -241,14 +236,17 @@ def load_statistics(path: os.PathLike | str) -> ReferenceStatistics:
         spatial = None
         if {"mu_s", "sigma_s"} <= set(file.files):
             spatial = _gaussian(file, path, "mu_s", "sigma_s", count)
-        return ReferenceStatistics(
-            pool=_gaussian(file, path, "mu", "sigma", count),
-            spatial=spatial,
-            features=_member(file, path, "features") if "features" in file.files else None,
-            metadata=json.loads(str(_member(file, path, "metadata")))
-            if "metadata" in file.files
-            else {},
-        )
+        pool, features, metadata = _gaussian(file, path, "mu", "sigma", count), None, {}
+        if "features" in file.files:
+            features = _member(file, path, "features")
+            if features.shape[1:] != pool.mean.shape or features.dtype.kind != "f":
+                raise InputError(
+                    f"{path}: features is {features.dtype} {features.shape}, expected floats "
+                    f"(N, {pool.mean.size})"
+                )
+        if "metadata" in file.files:
+            metadata = dict(json.loads(str(_member(file, path, "metadata"))))
+        return ReferenceStatistics(pool, spatial, features, metadata)
 
 
 class NpzImages:
@@ -267,7 +265,7 @@ class NpzImages:
             InputError: if the file is missing, damaged or pickled, lacks `key`, or the array is not
                 (N, H, W, C) uint8.
         """
-        self.path, self.key = _existing(path), key
+        self.path, self.key = existing_file(path, "an .npz file"), key
         with self._stream() as stream:
             self.shape = self._read_header(stream)
 
@@ -284,36 +282,37 @@ class NpzImages:
             row_bytes = int(np.prod(self.shape[1:]))
             for start in range(0, len(self), size):
                 rows = min(size, len(self) - start)
-                try:
-                    data = stream.read(rows * row_bytes)
-                except DAMAGE as error:
-                    raise InputError(f"{self.path}: {self.key} is damaged ({error})") from error
+                data = stream.read(rows * row_bytes)
                 if len(data) != rows * row_bytes:
                     raise InputError(f"{self.path}: {self.key} ends early, the file is truncated")
                 yield np.frombuffer(data, np.uint8).reshape(rows, *self.shape[1:])
+            # Only at the end is the checksum compared, of the header too.
+            if stream.read(1):
+                raise InputError(f"{self.path}: {self.key} is longer than its header says")
 
     @contextlib.contextmanager
     def _stream(self) -> Iterator[IO[bytes]]:
-        with self.path.open("rb") as file, _archive(file, self.path) as archive:
-            keys = [name.removesuffix(".npy") for name in archive.namelist()]
-            if self.key not in keys:
-                raise InputError(f"{self.path}: holds {', '.join(keys)}; expected {self.key}")
-            with archive.open(f"{self.key}.npy") as stream:
+        member = f"{self.key}.npy"
+        with (
+            reading(self.path, "an .npz of pictures"),
+            self.path.open("rb") as file,
+            zipfile.ZipFile(file) as archive,
+        ):
+            if member not in archive.namelist():
+                found = ", ".join(archive.namelist()) or "nothing"
+                raise InputError(f"{self.path}: holds {found}; expected {member}")
+            with archive.open(member) as stream:
                 yield stream
 
     def _read_header(self, stream: IO[bytes]) -> tuple[int, int, int, int]:
-        try:
-            version = np.lib.format.read_magic(stream)
-            # Version 2 differs from 1 by longer headers; 3 is for field names, which images lack.
-            form = np.lib.format
-            first = version == (1, 0)
-            read = form.read_array_header_1_0 if first else form.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-        except (*DAMAGE, ValueError) as error:
-            raise InputError(f"{self.path}: {self.key} is damaged ({error})") from error
+        form = np.lib.format
+        # Version 2 differs from 1 by longer headers; 3 is for field names, which images lack.
+        first = form.read_magic(stream) == (1, 0)
+        read = form.read_array_header_1_0 if first else form.read_array_header_2_0
+        shape, fortran, dtype = read(stream)
         if dtype.hasobject:
             raise InputError(_pickled(self.path, self.key))
-        if dtype != np.uint8 or len(shape) != 4 or fortran:
+        if dtype != np.uint8 or len(shape) != 4 or min(shape) < 0 or fortran:
             raise InputError(
                 f"{self.path}: {self.key} is {dtype} {shape}{' in Fortran order' * fortran}, "
                 "expected uint8 (N, height, width, channels)"
@@ -327,39 +326,13 @@ def _moments(rows: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     return len(rows), mean, centred.T @ centred
 
 
-def _archive(file: IO[bytes], path: epath.Path) -> zipfile.ZipFile:
-    try:
-        return zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
-        raise InputError(f"{path}: not an .npz file, or truncated ({error})") from error
-
-
-@contextlib.contextmanager
-def _open_npz(path: os.PathLike | str) -> Iterator[np.lib.npyio.NpzFile]:
-    path = _existing(path)
-    with path.open("rb") as file:
-        _archive(file, path).close()
-        file.seek(0)
-        with np.load(file, allow_pickle=False) as opened:
-            yield opened
-
-
-def _existing(path: os.PathLike | str) -> epath.Path:
-    path = resolve(path)
-    if not path.exists() or path.is_dir():
-        raise InputError(f"{path}: no such .npz file")
-    return path
-
-
-def _member(file: np.lib.npyio.NpzFile, path: os.PathLike | str, key: str) -> np.ndarray:
+def _member(file: Arrays, path: os.PathLike | str, key: str) -> np.ndarray:
     try:
         return file[key]
     except ValueError as error:
         if "allow_pickle" in str(error):
             raise InputError(_pickled(path, key)) from error
-        raise InputError(f"{path}: {key} is damaged ({error})") from error
-    except DAMAGE as error:
-        raise InputError(f"{path}: {key} is damaged ({error})") from error
+        raise
 
 
 def _pickled(path: os.PathLike | str, key: str) -> str:
@@ -367,7 +340,7 @@ def _pickled(path: os.PathLike | str, key: str) -> str:
 
 
 def _gaussian(
-    file: np.lib.npyio.NpzFile,
+    file: Arrays,
     path: os.PathLike | str,
     mean: str,
     covariance: str,
@@ -375,6 +348,10 @@ def _gaussian(
 ) -> GaussianStatistics:
     arrays = [_member(file, path, key) for key in (mean, covariance)]
     try:
-        return GaussianStatistics(*(np.asarray(a, np.float64) for a in arrays), count)
-    except (InputError, TypeError, ValueError) as error:
+        found = GaussianStatistics(
+            *(np.asarray(a).astype(np.float64, casting="same_kind") for a in arrays), count
+        )
+        _ = found.factor  # what has none is said now, and not once there are samples
+    except InputError as error:
         raise InputError(f"{path}: {mean}, {covariance}: {error}") from error
+    return found

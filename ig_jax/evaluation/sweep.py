@@ -12,6 +12,7 @@ import dataclasses
 import io
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from ml_collections import ConfigDict
 from ig_jax import config as config_lib
 from ig_jax import console, pictures
 from ig_jax.diffusion.guidance import GuidanceOptions
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading
 from ig_jax.evaluation import metrics, report
 from ig_jax.evaluation.features import FeatureSet
 from ig_jax.evaluation.metrics import METRICS
@@ -33,11 +34,13 @@ from ig_jax.experiment import Experiment
 from ig_jax.models.functional import Params
 from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
-from ig_jax.paths import resolve
+from ig_jax.paths import existing_file, resolve
 from ig_jax.record import Weights, describe, describe_guidance
 from ig_jax.sampling.labels import LabelRule, label_rule
 from ig_jax.sampling.run import open_weights
 from ig_jax.storage import files
+
+log = logging.getLogger("ig_jax")
 
 FOLDER = "sweep"
 # Settings whose uncertainty is estimated: a resample of 2048-wide features takes seconds.
@@ -120,10 +123,10 @@ class Draws:
     def _piece(self, guidance: GuidanceOptions, start: int, stop: int) -> dict[str, np.ndarray]:
         name = files.json_digest(guidance.build(self._evaluator.engine.weaker).record())
         file = self._folder / f"{name[:16]}-{start}-{stop}.npz"
+        stored = _stored(file)
         # The primary's view decides: the others must not draw what it reads, or wait for it.
-        if hosts.primary_says(file.exists()):
-            with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-                return {key: arrays[key] for key in arrays.files}
+        if hosts.primary_says(stored is not None):
+            return stored or _read(file)
         indices = np.arange(start, stop)
         found = self._evaluator.sample_features(
             self._params, guidance, indices, self.labels[indices], self._seed, rows=self._rows
@@ -134,6 +137,20 @@ class Draws:
             with files.write_atomically(file) as partial, partial.open("wb") as stream:
                 np.savez(stream, **piece)
         return piece
+
+
+def _stored(file: epath.Path) -> dict[str, np.ndarray] | None:
+    """Features that are there, if they are whole; what is damaged can be drawn again."""
+    try:
+        return _read(file) if file.exists() else None
+    except InputError as error:
+        log.warning("%s: drawing them again", error)
+        return None
+
+
+def _read(file: epath.Path) -> dict[str, np.ndarray]:
+    with files.open_npz(file, "features in an .npz file") as arrays:
+        return {key: arrays[key] for key in arrays.files}
 
 
 def _joined(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -339,7 +356,8 @@ def _save(
     (search.folder / "sweep.json").write_text(json.dumps(everything, indent=2) + "\n")
     pictures.save_figure(search.folder / "sweep.png", plot(search.metric, entries, confirmed))
     # Last, since its presence says that the search is complete.
-    (search.folder / "best.json").write_text(json.dumps(best, indent=2) + "\n")
+    with files.write_atomically(search.folder / "best.json") as partial:
+        partial.write_text(json.dumps(best, indent=2) + "\n")
 
 
 def load_best(workdir: epath.PathLike) -> GuidanceOptions:
@@ -349,16 +367,13 @@ def load_best(workdir: epath.PathLike) -> GuidanceOptions:
         InputError: if there is none, or the file is damaged.
     """
     path = resolve(workdir) / FOLDER / "best.json"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; expected a workdir in which --mode=sweep finished")
-    try:
+    existing_file(path, "a workdir in which --mode=sweep finished")
+    with reading(path, "a result of --mode=sweep"):
         fields = json.loads(path.read_text(encoding="utf-8"))["guidance"]
         scales = {name: float(fields[name]) for name in ("ig_scale", "cfg_scale")}
         bounds = {name: tuple(map(float, fields[name])) for name in ("ig_interval", "cfg_interval")}
         # Files of older versions name these four only.
         return dataclasses.replace(GuidanceOptions(**fields), **scales, **bounds)
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: not a result of --mode=sweep ({error})") from error
 
 
 def apply_best(config: ConfigDict, workdir: epath.PathLike) -> None:

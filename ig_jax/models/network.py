@@ -73,6 +73,15 @@ class Spec:
         return 0
 
 
+def difference(found: Spec, expected: Spec) -> tuple[str, Any, Any] | None:
+    """The name of the first field in which two architectures differ, and what each has there."""
+    for name in ("family", *(field.name for field in dataclasses.fields(found))):
+        pair = getattr(found, name, None), getattr(expected, name, None)
+        if pair[0] != pair[1]:
+            return name, *pair
+    return None
+
+
 class Network(Protocol):
     """A network with its parameters, as losses, guidance and samplers call it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from etils import epath
 from ig_jax import pictures
 from ig_jax.paths import resolve
 from ig_jax.storage import files
+
+# The last chunk of every PNG: its length, name and checksum.
+_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 def folder_name(record: dict[str, Any]) -> str:
@@ -28,7 +32,8 @@ def folder_name(record: dict[str, Any]) -> str:
 class PictureFolder:
     """A folder of numbered PNGs that a stopped sampling run can go on filling.
 
-    Every picture is written whole or not at all, so that whatever is there counts.
+    Every picture is written whole or not at all, so that whatever is there counts, but for one that
+    a machine without power or a copy left empty or cut.
 
     Args:
         directory: local or `gs://`; of one sampling record only (see `folder_name`).
@@ -47,7 +52,8 @@ class PictureFolder:
             return set()
         names, _ = pictures.list_folder(self.directory)
         numbered = (re.fullmatch(r"(\d{6}|[1-9]\d{6,})\.png", name) for name in names)
-        return {int(found[1]) for found in numbered if found}
+        indices = (int(found[1]) for found in numbered if found)
+        return {index for index in indices if _is_whole(self.path(index))}
 
     def write(self, index: int, image: np.ndarray) -> None:
         """Writes one (H, W, C) uint8 picture, whole or not at all."""
@@ -57,6 +63,15 @@ class PictureFolder:
     def read(self, index: int) -> np.ndarray:
         """Reads one (H, W, C) uint8 picture."""
         return pictures.read_image(self.path(index))
+
+
+def _is_whole(path: epath.Path) -> bool:
+    """Whether a file on a local disk ends as a PNG does; buckets hold no parts of files."""
+    if "://" in os.fspath(path):
+        return True
+    with open(path, "rb") as file:
+        file.seek(max(os.path.getsize(path) - len(_END), 0))
+        return file.read() == _END
 
 
 def write_npz(path: epath.PathLike, images: Iterator[np.ndarray], count: int, shape: Any) -> None:

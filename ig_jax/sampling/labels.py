@@ -70,7 +70,14 @@ def label_rule(config: ConfigDict, class_names: tuple[str, ...]) -> LabelRule:
     wanted, num_classes = config.sampler.labels, config.model.num_classes
     if wanted in LABELS:
         return LabelRule(wanted, num_classes, config.seed)
-    classes = latents.resolve_classes(wanted, class_names)
-    rule = LabelRule("given", num_classes, config.seed, classes)
-    rule(np.arange(1))  # refuses a label out of range
+    if not num_classes:
+        raise InputError(
+            f"config.sampler.labels is {wanted!r}: expected random, this model is unconditional"
+        )
+    try:
+        classes = latents.resolve_classes(wanted, class_names)
+        rule = LabelRule("given", num_classes, config.seed, classes)
+        rule(np.arange(1))  # refuses a label out of range
+    except InputError as error:
+        raise InputError(f"config.sampler.labels is {wanted!r}: {error}") from None
     return rule

@@ -20,6 +20,7 @@ from ig_jax.diffusion import samplers
 from ig_jax.diffusion.guidance import GuidanceOptions, Weaker
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment, ToImages, make_to_images
+from ig_jax.models import network
 from ig_jax.models.functional import Params, merge
 from ig_jax.models.network import Spec
 from ig_jax.parallel import hosts
@@ -108,6 +109,13 @@ def open_weights(
     verify = experiment.config.train.verify_checkpoints
     checkpoints = Checkpoints(workdir, read_only=True, verify=verify)
     step = checkpoints.step(which)
+    saved = config_lib.model_spec(saved_config(workdir, step))
+    if found := network.difference(saved, experiment.spec):
+        name, theirs, ours = found
+        raise InputError(
+            f"config.model has {name} {ours}: the checkpoint of step {step} in {workdir} has "
+            f"{theirs}, expected the same (--mode=train makes another network)"
+        )
     params = checkpoints.weights(experiment.abstract_params(), step, ema)
     checkpoints.close()
     # Converted weights come without their training's config: the decay there is a recipe's.
@@ -167,8 +175,7 @@ def _summary(spec: Spec) -> str:
 
 
 def _network_of(weaker: Weaker) -> Any:
-    network = merge(weaker.graph, weaker.params)
-    return record_lib.plain(network.spec)
+    return record_lib.plain(merge(weaker.graph, weaker.params).spec)
 
 
 def draw_into(

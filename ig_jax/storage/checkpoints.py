@@ -24,7 +24,7 @@ from orbax.checkpoint import path as orbax_path
 
 from ig_jax import config as config_lib
 from ig_jax import console
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reason
 from ig_jax.parallel import hosts
 from ig_jax.parallel.processes import is_primary
 from ig_jax.paths import check_name, resolve
@@ -305,12 +305,12 @@ class Checkpoints:
             with console.stage("reading the checkpoint"):
                 return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # what a damaged file raises depends on where it is damaged
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            names, why = ", ".join(items), reason(error)
             if verified and self._verify:
                 raise InputError(
-                    f"{folder} cannot be read as {', '.join(items)} of this config: {reason}"
+                    f"{folder} cannot be read as {names} of this config: {why}"
                 ) from error
-            raise UntrustedError(folder, f"{', '.join(items)} cannot be read ({reason})") from error
+            raise UntrustedError(folder, f"{names} cannot be read ({why})") from error
 
     def preempted(self, step: int) -> bool:
         """Whether the cluster is about to take this machine away (agreed on by all processes)."""

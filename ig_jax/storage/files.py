@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import io
 import json
 import os
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from ig_jax.errors import InputError
-from ig_jax.paths import resolve
+from ig_jax.errors import InputError, reading
+from ig_jax.paths import existing_file, resolve
 
 _BLOCK = 1 << 22
 
@@ -63,6 +65,53 @@ def write_atomically(
         raise
 
 
+class Arrays(Mapping[str, np.ndarray]):
+    """The arrays of an open `.npz`, by name.
+
+    Each is read whole, so that its checksum is compared, which is of its header too: NumPy stops
+    where a header that was changed says that the array ends.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile):
+        self._archive = archive
+        members = (name for name in archive.namelist() if name.endswith(".npy"))
+        self.files = [name.removesuffix(".npy") for name in members]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        stream = io.BytesIO(self._archive.read(f"{name}.npy"))
+        found = np.lib.format.read_array(stream, allow_pickle=False)
+        if stream.read(1):
+            raise ValueError(f"{name} is longer than its header says")
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+@contextlib.contextmanager
+def open_npz(path: os.PathLike | str, what: str) -> Iterator[Arrays]:
+    """Opens an `.npz`; arrays that would need unpickling are refused.
+
+    Args:
+        path: local or `gs://`.
+        what: what it should hold, for the message.
+
+    Yields:
+        Its arrays by name. Whatever is wrong with the file, also where an array is read inside, is
+        raised as one line, an `InputError`.
+    """
+    file = existing_file(path, what)
+    with (
+        reading(path, what),
+        file.open("rb") as stream,
+        zipfile.ZipFile(stream) as archive,
+    ):
+        yield Arrays(archive)
+
+
 def digest(*parts: str | bytes | np.ndarray) -> str:
     """Returns the SHA-256, in hex, of parts one after another.
 
@@ -90,13 +139,8 @@ def file_digest(path: os.PathLike | str) -> str:
     Raises:
         InputError: if there is no such file.
     """
-    file = resolve(path)
-    if file.is_dir() or not file.exists():
-        raise InputError(
-            f"{path}: found {'a folder' if file.is_dir() else 'no such file'}, expected a file"
-        )
     found = hashlib.sha256()
-    for block in _blocks(file):
+    for block in _blocks(existing_file(path, "a file")):
         found.update(block)
     return found.hexdigest()
 

@@ -1,4 +1,5 @@
-"""One run at a time in a workdir: a file there names the host and process that write, and its age.
+"""One run at a time in a workdir, or in a folder that latents are prepared in: a file there names
+the host and process that write, and its age.
 
 On disks the file is made in one operation. Buckets offer none, so that of two runs started within a
 second both may go on for a moment: the one whose file was overwritten then stops at its next sign
@@ -116,7 +117,7 @@ class Lock:
 
 @contextlib.contextmanager
 def hold(workdir: epath.PathLike) -> Iterator[Lock]:
-    """Inside, this run alone trains in a workdir that exists; its primary process holds the lock.
+    """Inside, this run alone writes to a folder that exists; its primary process holds the lock.
 
     Raises:
         InputError: another run holds it; the line names its host, process and age.

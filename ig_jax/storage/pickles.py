@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reading, reason
 
 
 def read_pytorch(file: epath.Path) -> Any:
@@ -37,7 +37,8 @@ def read_pytorch(file: epath.Path) -> Any:
             content = _load_pytorch(file)
     except Exception as error:  # what a damaged file raises depends on where it is damaged
         raise InputError(_pytorch_failure(file, error)) from error
-    return _to_numpy(content)
+    with reading(file, "plain arrays"):
+        return _to_numpy(content)
 
 
 def as_array(value: Any) -> np.ndarray:
@@ -125,12 +126,9 @@ def _pytorch_failure(file: epath.Path, error: Exception) -> str:
             f"{file}: the pickle carries code ({code[1]}), which is never run; if you trust the "
             f"file, re-save its weights alone: {command}"
         )
-    reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
-    return f"{file}: damaged, truncated, or not a PyTorch weight file{reason}"
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    # PyTorch's own line on a pickle is advice to run it.
+    why = "" if isinstance(error, pickle.UnpicklingError) else f" ({reason(error)})"
+    return f"{file}: damaged, truncated, or not a PyTorch weight file{why}"
 
 
 def _to_numpy(value: Any) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from ig_jax.errors import InputError, suggest
-from ig_jax.paths import resolve
+from ig_jax.errors import InputError, reading, suggest
+from ig_jax.paths import existing_file, resolve
 from ig_jax.storage import pickles
 from ig_jax.storage.files import write_atomically
 
@@ -70,9 +70,7 @@ def read_checkpoint(path: os.PathLike | str) -> Mapping[str, Any]:
     if file.suffix not in SUFFIXES:
         raise InputError(f"{path}: found a {file.suffix or 'suffixless'} file, expected weights "
                          f"as one of {', '.join(SUFFIXES)}")  # fmt: skip
-    if file.is_dir() or not file.exists():
-        found = "a directory" if file.is_dir() else "no such file"
-        raise InputError(f"{path}: found {found}, expected a weight file")
+    existing_file(path, "a weight file")
     content = (
         _read_safetensors(file) if file.suffix == ".safetensors" else pickles.read_pytorch(file)
     )
@@ -246,11 +244,9 @@ def _top_level(content: Mapping[Any, Any], limit: int = 8) -> str:
 def _read_safetensors(file: epath.Path) -> dict[str, np.ndarray]:
     import safetensors
 
-    try:
+    with reading(file, "a safetensors file"):
         entries = safetensors.deserialize(file.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise InputError(f"{file}: damaged or truncated safetensors file ({error})") from error
-    return {name: _from_buffer(file, name, entry) for name, entry in entries}
+        return {name: _from_buffer(file, name, entry) for name, entry in entries}
 
 
 def _from_buffer(file: epath.Path, name: str, entry: Mapping[str, Any]) -> np.ndarray:

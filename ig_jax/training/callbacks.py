@@ -186,11 +186,17 @@ class Report(Callback):
     def _diverged(self, bad: Bad, moment: Moment) -> NotFiniteError:
         self._checkpoints.wait()
         steps, workdir = self._checkpoints.steps(), self._checkpoints.directory.parent
-        remedy = "there is no checkpoint yet: expected a lower config.optimizer.learning_rate"
+        remedy = "expected a lower config.optimizer.learning_rate"
+        resumed = (
+            "with a lower --config.optimizer.learning_rate and "
+            "--config.train.allow_changes=optimizer"
+        )
+        if self._blame(bad.step):
+            remedy, resumed = "expected data that are finite", "with data that are finite"
+        remedy = f"there is no checkpoint yet: {remedy}"
         if steps:
             remedy = (
-                f"checkpoint {steps[-1]} in {workdir} is whole, go on from there with a lower "
-                "--config.optimizer.learning_rate and --config.train.allow_changes=optimizer, or "
+                f"checkpoint {steps[-1]} in {workdir} is whole, go on from there {resumed}, or "
                 "with --config.train.not_finite=skip"
             )
         return NotFiniteError(f"{self._describe(bad, moment)}: training stopped; {remedy}")

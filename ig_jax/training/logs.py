@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from ig_jax import config as config_lib
 from ig_jax import console, pictures
-from ig_jax.errors import InputError
+from ig_jax.errors import InputError, reason
 from ig_jax.parallel.processes import is_primary
 from ig_jax.storage import files
 
@@ -134,13 +134,19 @@ class WeightsAndBiases:
             place.write_text(secrets.token_hex(4))
         local = "://" not in str(workdir)
         self._image = wandb.Image
-        self._run = wandb.init(
-            project=project,
-            name=workdir.name,
-            id=place.read_text(),
-            resume="allow",
-            dir=str(workdir) if local else None,
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=workdir.name,
+                id=place.read_text(),
+                resume="allow",
+                dir=str(workdir) if local else None,
+            )
+        except Exception as error:  # no login, no network, a project of somebody else's, …
+            raise InputError(
+                f"config.train.wandb is {project!r}: Weights & Biases says {reason(error)!r}; "
+                "expected after `wandb login`, or with WANDB_MODE=offline"
+            ) from error
 
     def write_scalars(self, step: int, scalars: Scalars) -> None:
         # Of steps that it has seen it takes nothing: nothing is there twice.

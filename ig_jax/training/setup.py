@@ -19,7 +19,7 @@ from ig_jax.data import pipeline
 from ig_jax.data.source import DataSource
 from ig_jax.errors import InputError
 from ig_jax.experiment import Experiment
-from ig_jax.models import families
+from ig_jax.models import families, network
 from ig_jax.models.functional import Params, split
 from ig_jax.models.trunk import TrunkSpec, add_heads
 from ig_jax.parallel import sharding
@@ -201,13 +201,12 @@ def initial_network(experiment: Experiment) -> Experiment:
     comparable, depths = there.spec, experiment.spec.auxiliary_depths
     if isinstance(comparable, TrunkSpec) and set(comparable.auxiliary_depths) <= set(depths):
         comparable = dataclasses.replace(comparable, auxiliary_depths=depths)
-    for field in dataclasses.fields(comparable):
-        found, expected = (getattr(s, field.name) for s in (comparable, experiment.spec))
-        if found != expected:
-            raise InputError(
-                f"config.train.init_from is {workdir!r}, whose network has {field.name} {found}: "
-                f"this config has {expected}"
-            )
+    if found := network.difference(comparable, experiment.spec):
+        name, theirs, ours = found
+        raise InputError(
+            f"config.train.init_from is {workdir!r}, whose network has {name} {theirs}: "
+            f"this config has {ours}"
+        )
     return there
 
 

@@ -1,10 +1,6 @@
 import numpy as np
-import pytest
 
 from ig_jax.data import digits
-from ig_jax.errors import InputError
-from ig_jax.experiment import Experiment
-from tests.common import tiny_config
 
 
 def every(source):
@@ -54,18 +50,3 @@ def test_labels_stay_with_their_digits():
     source = digits.open_digits(300)
     for part in (source.train, source.validation):
         assert all(known[e["x"].tobytes()] == e["label"] for e in every(part))
-
-
-def test_bad_input():
-    for count in (-1, 1797):
-        with pytest.raises(InputError, match=f"num_validation is {count}: expected 0…1796"):
-            digits.open_digits(count)
-    with pytest.raises(InputError, match="config.data.flip is True: expected False"):
-        digits.open_digits(flip=True)
-
-
-def test_an_unknown_data_set_is_named_before_anything_else():
-    config = tiny_config()
-    config.data.name = "digit"
-    with pytest.raises(InputError, match="config.data.name is 'digit': .*did you mean digits"):
-        Experiment.from_config(config)

@@ -211,25 +211,6 @@ def test_statistics_of_an_index_alone(root, tmp_path):
     assert latents.known_statistics(str(tmp_path / "none"), "pooling", 4) is None
 
 
-@pytest.mark.parametrize(
-    ("mean", "std", "message"),
-    [
-        (np.zeros(3), np.ones(3), "found 3 values of mean and 3 of std, expected one a channel, 2"),
-        (np.zeros(2), np.ones(3), "found 2 values of mean and 3 of std"),
-        (np.array([0, np.nan]), np.ones(2), r"found mean \[0.0, nan\].*expected finite numbers"),
-        (np.zeros(2), np.array([1, 0]), r".*std \[1.0, 0.0\], expected .* std above 0"),
-        (None, np.ones(2), "found std, expected mean and std"),
-    ],
-)
-def test_statistics_that_are_none(tmp_path, mean, std, message):
-    write_statistics(tmp_path / "latents_stats.npz", mean, std)
-    with pytest.raises(InputError, match=f"latents_stats.npz: {message}"):
-        latents.known_statistics(str(tmp_path), "", 2)
-    (tmp_path / "latents_stats.npz").write_bytes(b"PK nothing")
-    with pytest.raises(InputError, match="latents_stats.npz: damaged, or not an .npz file"):
-        latents.known_statistics(str(tmp_path), "", 2)
-
-
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_files_as_numpy_writes_them(root, tmp_path, version, order):
@@ -287,35 +268,6 @@ def test_latents_of_another_kind(root):
         latents.open_latents(ours, num_validation=18)
 
 
-def test_labels_that_miss_files_and_files_that_miss(root, tmp_path):
-    path = tmp_path / "npy"
-    shutil.copytree(root / "plain" / "npy", path)
-    where = path / "vae-sd" / "dataset.json"
-    labels = json.loads(where.read_text())["labels"]
-    where.write_text(json.dumps({"labels": labels[:-2]}))
-    with pytest.raises(
-        InputError, match="no label for 2 of 18 files, such as 00000/img-latents-00"
-    ):
-        latents.open_latents(str(path))
-    where.write_text(json.dumps({"labels": [*labels, ["00000/img-latents-00000099.npy", 1]]}))
-    with pytest.raises(InputError, match="labels 1 files that are not there.*00000099.npy"):
-        latents.open_latents(str(path))
-    where.write_text(json.dumps({"labels": [*labels[:-1], [labels[-1][0], None]]}))
-    with pytest.raises(InputError, match=r"found other entries than expected, \{.labels.: "):
-        latents.open_latents(str(path))
-    for nothing in ({"labels": []}, {"labels": 3}, [], 3):
-        where.write_text(json.dumps(nothing))
-        with pytest.raises(InputError, match=r"found no labels, expected \{.labels.: "):
-            latents.open_latents(str(path))
-    where.write_text("{")
-    with pytest.raises(InputError, match="dataset.json: damaged JSON"):
-        latents.open_latents(str(path))
-    shutil.rmtree(path / "vae-sd" / "00000")
-    where.write_text(json.dumps({"labels": None}))
-    with pytest.raises(InputError, match="vae-sd: holds no .npy files, expected latents beside"):
-        latents.open_latents(str(path))
-
-
 def without_dataset_json(path):
     (path / "vae-sd" / "dataset.json").unlink()
 
@@ -345,6 +297,7 @@ def without_tensor(path):
 
 def without_classes(path):
     index = json.loads((path / "index.json").read_text())
+    del index["digest"]
     (path / "index.json").write_text(json.dumps(index | {"class_names": []}))
 
 
@@ -410,7 +363,7 @@ def test_damaged_files_are_named(root, tmp_path):
     shutil.copytree(root / "plain" / "npy", path)
     file = path / "vae-sd" / "00000" / "img-latents-00000002.npy"
     file.write_bytes(file.read_bytes()[:-4])
-    with pytest.raises(InputError, match="00000002.npy: missing, damaged or not a NumPy file"):
+    with pytest.raises(InputError, match="00000002.npy: cannot be read as a NumPy file"):
         latents.open_latents(str(path)).train[2]
 
     path = tmp_path / "light"
@@ -425,7 +378,7 @@ def test_damaged_files_are_named(root, tmp_path):
         rest[6]["x"], latents.open_latents(str(root / "plain" / "light")).train[12]["x"]
     )
     file.write_bytes(b"not safetensors at all")
-    with pytest.raises(InputError, match="shard001.safetensors: truncated or not a safetensors"):
+    with pytest.raises(InputError, match="shard001.safetensors: cannot be read as a safetensors"):
         latents.open_latents(str(path))
 
     path = tmp_path / "ours"
@@ -469,71 +422,6 @@ def test_every_imagenet_class_is_found_by_its_whole_name():
     assert latents.resolve_classes(together, names) == (0, 5, 2, 474)
     with pytest.raises(InputError, match=r"'panda' is 387 \(lesser panda.*\) or 388 \(giant pand"):
         latents.resolve_classes("panda", names)
-
-
-@pytest.mark.parametrize("label", [2**32, 2**31, 10**12, 1.7, float("nan"), float("inf"), True])
-def test_labels_are_whole_numbers_of_32_bits(root, tmp_path, label):
-    path = tmp_path / "npy"
-    shutil.copytree(root / "plain" / "npy", path)
-    where = path / "vae-sd" / "dataset.json"
-    labels = json.loads(where.read_text())["labels"]
-    where.write_text(json.dumps({"labels": [[labels[0][0], label], *labels[1:]]}))
-    with pytest.raises(InputError, match="dataset.json: found other entries than expected"):
-        latents.open_latents(str(path))
-
-
-@pytest.mark.parametrize(
-    "dtype,label", [(np.int64, 2**32), (np.float32, 1.7), (np.float32, np.nan)]
-)
-def test_labels_of_tensors_are_whole_numbers_of_32_bits(tmp_path, dtype, label):
-    tensors = {"latents": np.zeros((2, 4, 2, 2), np.float32), "labels": np.array([0, 1], dtype)}
-    file = tmp_path / "latents_rank00_shard000.safetensors"
-    file.write_bytes(safetensors.numpy.save(tensors))
-    labels = [
-        example["label"]
-        for example in map(latents.open_latents(str(tmp_path)).train.__getitem__, (0, 1))
-    ]
-    assert labels == [0, 1]
-    tensors["labels"][1] = label
-    file.write_bytes(safetensors.numpy.save(tensors))
-    with pytest.raises(InputError, match="shard000.safetensors: found label .*expected whole"):
-        latents.open_latents(str(tmp_path))
-
-
-def test_a_std_below_zero_is_refused(root, tmp_path):
-    path = tmp_path / "npy"
-    shutil.copytree(root / "plain" / "npy", path)
-    file = path / "vae-sd" / "00000" / "img-latents-00000000.npy"
-    for value in (-0.5, np.nan):
-        moments = np.load(file)
-        moments[-1, 0, 0] = value
-        np.save(file, moments)
-        with pytest.raises(InputError, match=f"00000000.npy: found a std of {value}"):
-            latents.open_latents(str(path))
-
-
-@pytest.mark.parametrize("offsets", [[-64, 64], [0, 64], [64, 192], [128, 0], "0", None])
-def test_offsets_that_are_not_the_tensors_own_are_refused(tmp_path, offsets):
-    content = safetensors.numpy.save({"latents": np.zeros((2, 4, 2, 2), np.float32)})
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    header["latents"]["data_offsets"] = offsets
-    text = json.dumps(header).encode().ljust(length)
-    file = tmp_path / "latents_rank00_shard000.safetensors"
-    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-    with pytest.raises(InputError, match="shard000.safetensors: (not a safetensors|truncated)"):
-        latents.open_latents(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["../x.arrayrecord", "/etc/passwd", "a/../../x", "..", "."])
-def test_an_index_cannot_lead_outside_its_folder(root, tmp_path, name):
-    path = tmp_path / "ours"
-    shutil.copytree(root / "plain" / "ours", path)
-    index = json.loads((path / "index.json").read_text())
-    index["shards"][1]["file"] = name
-    (path / "index.json").write_text(json.dumps(index))
-    with pytest.raises(InputError, match="index.json: names the shard .*a file of this folder"):
-        latents.open_latents(str(path))
 
 
 def test_a_flipped_bit_of_a_shard_is_noticed(root, tmp_path):

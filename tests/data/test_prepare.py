@@ -12,6 +12,7 @@ import pytest
 
 from ig_jax.data import images, latents, prepare, shards
 from ig_jax.errors import InputError
+from ig_jax.storage import lock
 from tests.data.common import OPTIONS, SIZE, add_irregular, encode, encoded, make_tree, photo, strew
 
 
@@ -306,13 +307,6 @@ def test_what_is_no_picture_is_not_encoded(tree, tmp_path):
 
 
 def test_bad_input(tree, tmp_path):
-    (tmp_path / "mine.txt").touch()
-    with pytest.raises(InputError, match="found mine.txt, expected an empty directory"):
-        run(tree[0], tmp_path)
-    with pytest.raises(InputError, match="found a file, expected a directory"):
-        run(tree[0], tmp_path / "mine.txt")
-    with pytest.raises(InputError, match="gs://b/x': expected a local path, mount the bucket"):
-        run(tree[0], "gs://b/x")
     with pytest.raises(InputError, match="output is not finite"):
         run(tree[0], tmp_path / "nan", lambda x: (np.full((len(x), 4, 4, 4), np.nan),) * 2)
     broken = tmp_path / "images" / "a"
@@ -320,6 +314,17 @@ def test_bad_input(tree, tmp_path):
     (broken / "0.jpg").write_bytes(b"?")
     with pytest.raises(InputError, match="not one of the 1 images can be read.*a/0.jpg: not an im"):
         run(str(tmp_path / "images"), tmp_path / "none")
+
+
+def test_a_second_run_in_a_folder_is_refused_by_name_and_age(tree, tmp_path):
+    message = f"is in use by process {os.getpid()} on .* .for 0 s, last sign of life 0 s ago"
+    with lock.hold(tmp_path), pytest.raises(InputError, match=message):
+        run(tree[0], tmp_path)
+    assert not list(tmp_path.iterdir())
+    # A killed one is none, nor does its lock make the folder somebody else's.
+    (tmp_path / lock.FILE).write_text("{}")
+    run(tree[0], tmp_path)
+    assert not (tmp_path / lock.FILE).exists()
 
 
 def test_verify_from_the_command_line(undisturbed, tmp_path, capsys):

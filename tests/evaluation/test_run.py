@@ -22,7 +22,6 @@ from ig_jax.evaluation import extractors, metrics, report, scoring, statistics
 from ig_jax.evaluation import images as images_lib
 from ig_jax.evaluation import reference as reference_lib
 from ig_jax.evaluation import run as evaluation
-from ig_jax.evaluation import training as during
 from ig_jax.evaluation.extractors import DigitsExtractor, InceptionExtractor, digits_images
 from ig_jax.evaluation.reference import open_reference
 from ig_jax.experiment import Experiment, make_to_images
@@ -30,7 +29,6 @@ from ig_jax.record import Weights
 from ig_jax.sampling.labels import label_rule
 from ig_jax.sampling.run import make_engine, open_weights
 from ig_jax.storage import weight_files
-from ig_jax.training import run as training
 from tests.common import golden, seeded_weights
 from tests.evaluation.common import STEP, on_one_device, save_checkpoint, tiny_config, tiny_params
 
@@ -449,25 +447,6 @@ class TestBeforeTraining:
     def nothing_is_computed(self, monkeypatch):
         monkeypatch.setattr(reference_lib, "_compute", None)
 
-    @pytest.mark.parametrize(
-        "fields, message",
-        [
-            (dict(features="inception"), "inception_path is empty"),
-            (dict(features="inception", inception_path="no.pth"), "no.pth.*download https://"),
-            (dict(features="dinov2"), "dinov2_path is empty.*https://"),
-            (dict(features="dinov2", dinov2_path="no.pth"), "no.pth.*download https://"),
-            (dict(reference="no.npz"), "no.npz: no such file"),
-            (dict(reference="{}"), "holds no .png files"),
-            (dict(features="digit"), "config.evaluation.features is 'digit'.*did you mean digits"),
-        ],
-    )
-    def test_missing(self, tmp_path, fields, message):
-        config = tiny_config()
-        config.evaluation.update({k: v.format(tmp_path) for k, v in fields.items()}, at_end=True)
-        with pytest.raises(InputError, match=message):
-            training.train(config, str(tmp_path / "run"), during.callbacks)
-        assert not (tmp_path / "run").exists()
-
     def test_a_reference_of_another_resolution(self, experiment, source, tmp_path):
         np.savez(tmp_path / "x.npz", np.zeros((100, 16, 16, 1), np.uint8))
         wanted = with_evaluation(experiment, reference=str(tmp_path / "x.npz"))
@@ -495,53 +474,9 @@ class TestBadInput:
 
         return score
 
-    def test_missing(self, bad, tmp_path):
-        assert "no such file or folder" in bad(tmp_path / "no.npz")
-        np.savez(tmp_path / "x.npz", np.zeros((8, 8, 8, 1), np.uint8))
-        assert "no such file" in bad(tmp_path / "x.npz", reference=str(tmp_path / "no.npz"))
-
-    @pytest.mark.parametrize(
-        "array, message",
-        [
-            (np.zeros((4, 8, 8, 1), np.float32), "float32"),
-            (np.zeros((4, 8, 8), np.uint8), r"(4, 8, 8)"),
-            (np.asarray([{}, None], object), "pickled Python objects, refused"),
-        ],
-    )
-    def test_arrays(self, bad, tmp_path, array, message):
-        np.savez(tmp_path / "x.npz", array)
-        assert message in bad(tmp_path / "x.npz")
-
-    def test_another_resolution(self, bad, tmp_path):
-        np.savez(tmp_path / "x.npz", np.zeros((100, 16, 16, 1), np.uint8))
-        assert "samples are 16x16: reference digits data set has 8x8" in bad(tmp_path / "x.npz")
-
     def test_colour_for_digits(self, bad, tmp_path):
         np.savez(tmp_path / "x.npz", np.zeros((100, 8, 8, 3), np.uint8))
         assert "expected (N, 8, 8, 1)" in bad(tmp_path / "x.npz")
-
-    def test_folders(self, bad, tmp_path):
-        folder = tmp_path / "pictures"
-        folder.mkdir()
-        assert "holds no .png files" in bad(folder)
-        Image.new("RGBA", (8, 8)).save(folder / "0.png")
-        assert "0.png: PNG of mode RGBA" in bad(folder)
-        for i in (0, 2, 3):
-            Image.new("L", (8, 8)).save(folder / f"{i}.png")
-        Image.new("L", (9, 8)).save(folder / "1.png")
-        assert "1.png: picture of shape (8, 9, 1)" in bad(folder)
-        (folder / "1.png").write_bytes(b"not a picture")
-        assert "1.png: not a readable PNG" in bad(folder)
-
-    def test_labels_file(self, bad, tmp_path):
-        np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 1), np.uint8))
-        (tmp_path / "labels.txt").write_text("0\n1\n")
-        assert "expected lines of index, label and name" in bad(tmp_path / "x.npz")
-
-    def test_protocol_file(self, bad, tmp_path):
-        np.savez(tmp_path / "x.npz", np.zeros((4, 8, 8, 1), np.uint8))
-        (tmp_path / "protocol.json").write_text("{}")
-        assert "not the protocol of a sample set" in bad(tmp_path / "x.npz")
 
     def test_inception_weights(self, experiment, source, params, tmp_path):
         wanted = with_evaluation(experiment, features="inception")

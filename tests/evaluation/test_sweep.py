@@ -284,11 +284,14 @@ class TestSearch:
                 sweep.run(experiment.config, str(tmp_path))
         assert not (tmp_path / "sweep" / "best.json").exists()
         before = len(drawn)
+        # What a full disk or a copy may leave is drawn once more.
+        next((tmp_path / "sweep").rglob("*.npz")).write_bytes(b"")
         drawn = count_draws(monkeypatch)
         sweep.run(experiment.config, str(tmp_path))
         table = json.loads((workdir / "sweep" / "sweep.json").read_text())
         pieces = sum(row["rounds"] for row in table["settings"])
-        assert before + len(drawn) == pieces + 1  # and the winner on fresh noise
+        # And the damaged piece, and the winner on fresh noise.
+        assert before + len(drawn) == pieces + 2
         for name in FILES:
             assert (tmp_path / "sweep" / name).read_text() == (workdir / "sweep" / name).read_text()
 
@@ -444,14 +447,6 @@ class TestBest:
         assert rows[0]["ig_rule"] == rule and {r["ig_rule"] for r in rows} == {
             *config.sweep.ig_rules
         }
-
-    def test_missing_or_damaged(self, tmp_path):
-        with pytest.raises(InputError, match="best.json: no such file"):
-            sweep.load_best(tmp_path)
-        (tmp_path / "sweep").mkdir()
-        (tmp_path / "sweep" / "best.json").write_text('{"guidance": {"ig_scale": 1}}')
-        with pytest.raises(InputError, match="not a result of --mode=sweep"):
-            sweep.load_best(tmp_path)
 
 
 class TestBadInput:

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ig_jax.config import default_config
 from ig_jax.data import toy2d
@@ -11,7 +12,6 @@ from ig_jax.errors import InputError
 from ig_jax.evaluation import extractors, metrics, run, toy
 from ig_jax.evaluation.ablate import Laboratory
 from ig_jax.evaluation.questions import Values
-from ig_jax.pictures import read_image
 from ig_jax.sampling import run as sampling
 from ig_jax.training import run as training
 from tests.common import tiny_config
@@ -39,7 +39,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_training_plots_its_points(trained):
-    picture = read_image(trained[1] / "samples" / "step_0000008.png")
+    picture = np.asarray(Image.open(trained[1] / "samples" / "step_0000008.png"))
     assert picture.ndim == 3 and len(np.unique(picture.reshape(-1, picture.shape[2]), axis=0)) > 10
 
 
@@ -146,7 +146,7 @@ def test_the_toy_from_training_to_the_figure(tmp_path, capsys):
     # Methods differ on the same noise, and eight steps leave many outliers.
     assert len(set(distances.values())) == len(names)
     assert min(found["final head"]["metrics"]["outlier_rate"]) > 0.2
-    assert read_image(tmp_path / "toy2d.png").shape[0] > 500
+    assert np.asarray(Image.open(tmp_path / "toy2d.png")).shape[0] > 500
 
 
 @pytest.mark.slow

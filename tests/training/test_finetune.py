@@ -141,7 +141,7 @@ def test_own_samples_are_the_engines_and_survive_a_stop(headless, tmp_path, monk
     )
     np.testing.assert_allclose(examples.x, x, rtol=1e-5, atol=1e-5)
     first.write_bytes(b"nothing")
-    with pytest.raises(InputError, match="samples.json: damaged samples"):
+    with pytest.raises(InputError, match=f"{first.name}: cannot be read as samples in an .npz"):
         samples.open_samples(tmp_path)
 
 

@@ -478,13 +478,6 @@ def test_a_profile_is_ended_with_the_run(tmp_path, monkeypatch):
         assert calls == ([str(tmp_path), "stop"] if last > 2 else [])
 
 
-def test_data_that_does_not_fit_the_model():
-    config = tiny_config()
-    config.model.channels = 3
-    with pytest.raises(InputError, match=r"is \(8, 8, 3\): the data set 'digits' has \(8, 8, 1\)"):
-        Experiment.from_config(config).open_data()
-
-
 def test_nothing_is_written_where_workers_lack_shared_memory(tmp_path, monkeypatch):
     usage = pipeline.shutil.disk_usage("/")._replace(free=1 << 10)
     monkeypatch.setattr(pipeline.shutil, "disk_usage", lambda path: usage)
