@@ -1,4 +1,5 @@
-"""Kills: what SIGKILL, SIGTERM and Ctrl-C interrupt at random moments continues bit for bit.
+"""Kills: what SIGKILL, SIGTERM and Ctrl-C interrupt at random moments, and a full disk at the worst
+one, continues bit for bit.
 
 The commands run in processes forked from one that has imported everything, several at a time; what
 they compile is kept for the next. Each test prints how many interruptions it tried.
@@ -10,8 +11,10 @@ import multiprocessing
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -38,9 +41,10 @@ ENDS = {
 IMPORTS = ("ig_jax.main", "ig_jax.training.run", "ig_jax.sampling.run", "ig_jax.evaluation.sweep")
 
 
-def _child(arguments: list[str], log: pathlib.Path) -> None:
+def _child(arguments: list[str], log: pathlib.Path, largest: int) -> None:
     """The command line as a process of its own has it."""
     os.environ["XLA_FLAGS"] = ""  # one device, as on a user's machine
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     output = os.open(log, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(output, stream)
@@ -64,9 +68,17 @@ class Command:
     def __init__(self, log: pathlib.Path, *arguments: str):
         self.log, self.arguments, self.codes = log, list(arguments), []
 
-    def run(self, kill: signal.Signals | None = None, after: float = 0.0) -> int:
-        """Runs it to its end, or sends a signal after some seconds; returns the exit code."""
-        process = self.context.Process(target=_child, args=(self.arguments, self.log))
+    def run(
+        self,
+        kill: signal.Signals | None = None,
+        after: float = 0.0,
+        largest: int = resource.RLIM_INFINITY,
+    ) -> int:
+        """Runs it to its end, or sends a signal after some seconds; returns the exit code.
+
+        No file may grow beyond the `largest` number of bytes.
+        """
+        process = self.context.Process(target=_child, args=(self.arguments, self.log, largest))
         process.start()
         if kill is not None:
             process.join(after)
@@ -273,3 +285,81 @@ def test_other_modes_killed(mode, undisturbed, pictures, tmp_path, record_proper
     killed = codes.count(-signal.SIGKILL)
     record_property("tried", f"kills: {killed} SIGKILLs in {mode}, ends equal")
     assert killed
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of its own that can be made larger and smaller, in KiB; only root may mount one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def resize(kib, how="remount,"):
+        command = ["mount", "-t", "tmpfs", "-o", f"{how}size={kib}k", "none", str(place)]
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+    if sys.platform != "linux" or not resize(50_000, ""):
+        pytest.skip("no disk can be mounted here")
+    yield place, resize
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def used(folder: pathlib.Path) -> int:
+    return shutil.disk_usage(folder).used >> 10
+
+
+def assert_one_line_on_the_disk(command: Command, said: str) -> None:
+    assert command.codes[-1] == Exit.BAD_INPUT, command.said()
+    assert "Traceback" not in command.log.read_text(errors="replace"), command.said()
+    lines = [line for line in command.said().splitlines() if line.startswith("ig_jax: ")]
+    assert len(lines) == 1 and said in lines[0], command.said()
+
+
+FULL, LARGE = "No space left on device", "File too large"
+
+
+def test_training_on_a_full_disk(undisturbed, config_file, disk, tmp_path, record_property):
+    """The first checkpoint is whole, the next has no room; with room the same command goes on."""
+    place, resize = disk
+    command = train(place, config_file)
+    command.log = tmp_path / "log.txt"
+    size = sum(path.stat().st_size for path in (undisturbed[0] / "checkpoints" / "40").rglob("*"))
+    assert resize(int(1.9 * size) >> 10)
+    command.run()
+    assert_one_line_on_the_disk(command, FULL)
+    kept = [path.name for path in (command.workdir / "checkpoints").iterdir()]
+    assert "4" in kept, kept
+    assert resize(50_000)
+    command.finish()
+    assert "continuing from step" in command.said()
+    assert_trained_alike(command.workdir, undisturbed[0])
+    record_property("tried", "full disk: train stops with a line, and ends bit-equal")
+
+
+def test_sampling_on_a_full_disk(undisturbed, disk, tmp_path):
+    place, resize = disk
+    (tmp_path / "whole").mkdir()
+    whole = sampling(tmp_path / "whole", undisturbed[0], "sample")
+    whole.finish()
+    command = sampling(place, undisturbed[0], "sample")
+    command.log = tmp_path / "log.txt"
+    assert resize(used(place) + 40)
+    command.run()
+    assert_one_line_on_the_disk(command, FULL)
+    assert resize(50_000)
+    command.finish()
+    assert files(command.workdir) == files(whole.workdir)
+
+
+@pytest.mark.parametrize("mode,largest", [("train", 20_000), ("sample", 3_000)])
+def test_files_that_may_not_grow(mode, largest, undisturbed, config_file, tmp_path):
+    """A quota on files ends as a full disk does, wherever it can be set."""
+    if mode == "train":
+        command = train(tmp_path, config_file)
+    else:
+        command = sampling(tmp_path, undisturbed[0], mode)
+    command.run(largest=largest)
+    assert_one_line_on_the_disk(command, LARGE)
+    command.log.unlink()
+    command.finish()
+    if mode == "train":
+        assert_trained_alike(command.workdir, undisturbed[0])
