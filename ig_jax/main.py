@@ -327,7 +327,8 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
         with console.stage("looking for devices"):
             if not processes.is_primary():
                 console.mute()
-        last_line = MODES[mode][1](config, workdir, **arguments)
+        with _naming_full_disks(workdir):
+            last_line = MODES[mode][1](config, workdir, **arguments)
     except Stopped as stop:
         # All processes come here together, so each may leave as it would when complete.
         if processes.is_primary():
@@ -339,18 +340,25 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
     except KeyboardInterrupt:
         print("ig_jax: interrupted", file=sys.stderr)
         processes.abandon(Exit.INTERRUPTED)
-    except Exception as error:
-        if (reason := full_disk(error)) is None:
-            raise
-        print(
-            f"ig_jax: {workdir} cannot be written to ({reason}): what was complete is kept; make "
-            "room, and the same command continues",
-            file=sys.stderr,
-        )
-        processes.abandon(Exit.BAD_INPUT)
     if processes.is_primary():
         print(last_line)
     return Exit.COMPLETE
+
+
+@contextlib.contextmanager
+def _naming_full_disks(workdir: str | None) -> Iterator[None]:
+    """Raises `InputError` in place of what libraries raise where a disk takes no more."""
+    try:
+        yield
+    except (OneLineError, Stopped):
+        raise
+    except Exception as error:
+        if (reason := full_disk(error)) is None:
+            raise
+        raise InputError(
+            f"{workdir} cannot be written to ({reason}): what was complete is kept; make room, and "
+            "the same command continues"
+        ) from error
 
 
 def _workdir(mode: str) -> str | None:
