@@ -7,12 +7,20 @@ norms, softmax, modulation and the residual stream stay in float32.
 from __future__ import annotations
 
 import functools
-from typing import Literal
+import logging
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+
+# XLA's attention replaces cuDNN's where it takes less than this share of its time: a tie is none,
+# so that a run which continues rarely gets another program.
+_CLEARLY_FASTER = 0.95
+
+log = logging.getLogger("ig_jax")
 
 xavier = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
@@ -92,15 +100,6 @@ def time_frequencies(t: jax.Array, count: int = 256, scale: float = 10000.0) -> 
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def _attention_backend(dtype: jnp.dtype, head_width: int) -> Literal["cudnn", "xla"]:
-    """cuDNN's fused kernel where it applies (GPU, 16-bit, head width a multiple of 8), else XLA."""
-    # The mesh being compiled for, if any, may be of other devices than this machine's.
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = jax.default_backend() if device is None else device.platform
-    fused = jnp.dtype(dtype).itemsize == 2 and head_width % 8 == 0 and head_width <= 128
-    return "cudnn" if fused and platform == "gpu" else "xla"
-
-
 @jax.custom_jvp
 def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """Products of (B, N, d) queries and keys, (B, N, N) float32; derivatives in the inputs' dtype.
@@ -131,6 +130,66 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
 
 
+# Each takes and returns (B, N, heads, d).
+ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
+    "xla": attend,
+    "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+}
+
+
+def choose_attention(shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+    """The row of `ATTENTIONS` for (B, N, heads, d) of `dtype`.
+
+    cuDNN's fused kernel applies on GPUs, to 16 bits and head widths that are multiples of 8 up to
+    128; there the two race once for each shape. It is taken without a race where the GPU is not
+    this machine's, and by a run of several processes, which must all compile the same program.
+    """
+    # The mesh being compiled for, if any, may be of other devices than this machine's.
+    mesh = jax.sharding.get_abstract_mesh()
+    device = mesh.abstract_device
+    platform = jax.default_backend() if device is None else device.platform
+    if platform != "gpu" or jnp.dtype(dtype).itemsize != 2 or shape[3] % 8 or shape[3] > 128:
+        return "xla"
+    if jax.default_backend() != "gpu" or jax.process_count() > 1:
+        return "cudnn"
+    devices = jax.device_count() if mesh.empty else mesh.size
+    return race((max(1, shape[0] // devices), *shape[1:]), jnp.dtype(dtype))
+
+
+@functools.cache
+def race(shape: tuple[int, ...], dtype: jnp.dtype) -> str:
+    """Which of `ATTENTIONS` is faster forward and backward on one device; logs what it found."""
+    try:
+        times = {name: _seconds(attention, shape, dtype) for name, attention in ATTENTIONS.items()}
+    except (RuntimeError, ValueError, NotImplementedError) as error:  # old cards and libraries
+        log.info("attention by XLA: cuDNN's does not run here (%s)", str(error).split("\n")[0])
+        return "xla"
+    chosen = "xla" if times["xla"] < _CLEARLY_FASTER * times["cudnn"] else "cudnn"
+    found = ", ".join(f"{name} {1e3 * seconds:.3g} ms" for name, seconds in times.items())
+    log.info("attention of %s %s: %s, so %s", "×".join(map(str, shape)), dtype.name, found, chosen)
+    return chosen
+
+
+def _seconds(
+    attention: Callable[..., jax.Array], shape: tuple[int, ...], dtype: jnp.dtype
+) -> float:
+    """The shortest of some runs, in the midst of tracing another program or not."""
+
+    def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v).astype(jnp.float32).sum()
+
+    with jax.ensure_compile_time_eval():
+        run = jax.jit(jax.grad(total, argnums=(0, 1, 2)))
+        inputs = [jnp.ones(shape, dtype)] * 3
+        jax.block_until_ready(run(*inputs))
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            jax.block_until_ready(run(*inputs))
+            times.append(time.perf_counter() - began)
+    return min(times)
+
+
 class Attention(nnx.Module):
     """Multi-head self-attention with optional RMS q/k norm and rotary embedding."""
 
@@ -152,10 +211,7 @@ class Attention(nnx.Module):
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (h.astype(self.dtype) for h in (q, k, v))
-        if _attention_backend(self.dtype, width // self.heads) == "cudnn":
-            out = jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-        else:
-            out = attend(q, k, v)
+        out = ATTENTIONS[choose_attention(q.shape, self.dtype)](q, k, v)
         return self.out(out.reshape(batch, tokens, width))
 
 

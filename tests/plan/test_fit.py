@@ -163,9 +163,9 @@ def test_a_topology_decides_on_precision_and_attention(monkeypatch):
     config.mesh.update(topology="v5e:2x4", fsdp=4)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     chosen = []
-    backend = layers._attention_backend
+    choose = layers.choose_attention
     monkeypatch.setattr(
-        layers, "_attention_backend", lambda *a: chosen.append((a[0], backend(*a))) or chosen[-1][1]
+        layers, "choose_attention", lambda *a: chosen.append((a[1], choose(*a))) or chosen[-1][1]
     )
     report = fit.report(config)
     assert report.fits and report.choices["model.dtype"] == "bfloat16"
