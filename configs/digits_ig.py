@@ -7,28 +7,28 @@ def get_config():
     """Returns the config of the default run: train, then score a range of IG scales."""
     config = default_config("sit", "s")
     config.model.update(
-        width=96,
-        depth=6,
+        width=64,
+        depth=4,
         heads=4,
-        auxiliary_depth=2,
+        auxiliary_depth=1,
         input_size=8,
         channels=1,
         patch_size=2,
         num_classes=10,
     )
     config.data.update(name="digits", image_size=8, num_validation=180, autoencoder="")
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=100)
+    config.optimizer.update(learning_rate=2e-3, warmup_steps=50)
     config.train.update(
         batch_size=64,
-        num_steps=1000,
+        num_steps=800,
         ema_decay=0.99,
         log_every=50,
-        validate_every=500,
-        sample_every=500,
-        checkpoint_every=500,
+        validate_every=400,
+        sample_every=400,
+        checkpoint_every=400,
     )
     config.guidance.ig_scale = 1.5
-    config.sampler.update(name="heun", num_steps=16, num_samples=100, batch_size=64)
+    config.sampler.update(name="ab2", num_steps=12, num_samples=100, batch_size=128)
     # The real digits are balanced; random labels would add their own noise to the distances.
     config.sampler.labels = "balanced"
     config.evaluation.update(

@@ -3,11 +3,14 @@ CLU's writer where TensorFlow is installed, and to Weights & Biases where that i
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import logging
 import math
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -199,6 +202,18 @@ def check(config: ConfigDict) -> None:
             f"config.train.wandb is {config.train.wandb!r}: Weights & Biases is not installed, "
             "expected after pip install 'ig_jax[wandb]'"
         )
+
+
+def import_ahead() -> None:
+    """Starts to import what `open_logs` needs: seconds in which the first programs compile."""
+
+    def load() -> None:
+        # What is missing is said by whoever needs it.
+        with contextlib.suppress(ImportError):
+            importlib.import_module("clu.metric_writers")
+
+    if is_primary():
+        threading.Thread(target=load, daemon=True).start()
 
 
 def open_logs(config: ConfigDict, workdir: epath.Path, first_step: int) -> Logs:

@@ -24,7 +24,7 @@ from ig_jax.storage.lock import hold
 from ig_jax.streams import stream
 from ig_jax.training import setup as setup_lib
 from ig_jax.training.callbacks import Callback, Moment, Report, is_due
-from ig_jax.training.logs import Logs, open_logs
+from ig_jax.training.logs import Logs, import_ahead, open_logs
 from ig_jax.training.metrics import StepClock
 from ig_jax.training.setup import Setup, open_batches
 from ig_jax.training.state import TrainState
@@ -97,6 +97,7 @@ def _run(
         verify=config.train.verify_checkpoints,
     )
     stack.callback(checkpoints.close)
+    import_ahead()
     state, data_state = setup.initial_state(checkpoints)
     first_step = int(state.step)
     _announce(state.params, first_step, config.train.num_steps)

@@ -149,7 +149,9 @@ def make_gradient(
 
 
 def _first_not_finite(params: Params) -> jax.Array:
-    bad = jnp.stack([~jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params)])
+    # The largest of a leaf is NaN or infinite if any of it is: a single reduction, where asking of
+    # each value would be three programs a leaf to compile.
+    bad = ~jnp.isfinite(jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves(params)]))
     return jnp.where(bad.any(), jnp.argmax(bad), -1).astype(jnp.int32)
 
 
