@@ -19,20 +19,20 @@ def get_config():
     config.data.update(name="digits", image_size=8, num_validation=180, autoencoder="")
     config.optimizer.update(learning_rate=2e-3, warmup_steps=50)
     config.train.update(
-        batch_size=64,
-        num_steps=800,
+        batch_size=32,
+        num_steps=1000,
         ema_decay=0.99,
         log_every=50,
-        validate_every=400,
-        sample_every=400,
-        checkpoint_every=400,
+        validate_every=500,
+        sample_every=500,
+        checkpoint_every=500,
     )
-    config.guidance.ig_scale = 1.5
-    config.sampler.update(name="ab2", num_steps=12, num_samples=100, batch_size=128)
+    config.guidance.ig_scale = 2.0
+    config.sampler.update(name="ab2", num_steps=10, num_samples=100, batch_size=128)
     # The real digits are balanced; random labels would add their own noise to the distances.
     config.sampler.labels = "balanced"
     config.evaluation.update(
-        num_samples=1797, ig_scales=(0.0, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0), at_end=True
+        num_samples=1797, ig_scales=(0.0, 1.0, 1.5, 2.0, 2.5, 3.0), at_end=True
     )
     config.sweep.update(
         ig_scales=(1.0, 1.25, 1.5, 1.75, 2.0, 2.25, 2.5, 2.75),

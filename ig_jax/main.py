@@ -319,6 +319,7 @@ def run_mode(mode: str, config: ConfigDict) -> Exit:
         _room(f"evaluation.{table}").check_name(config)
     config = config_lib.resolve_paths(config)
     startup.use_preset(_PRESET.value)
+    startup.compile_quickly()
     with console.stage("joining the processes of the run"):
         processes.initialize(config_lib.to_json(config))
     if _CACHE.value and mode not in _COMPILE_ANEW:

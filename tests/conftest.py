@@ -32,9 +32,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 
 
 def pytest_configure():
-    from ig_jax import console
+    from ig_jax import console, startup
 
     console.quiet_libraries()
+    startup.compile_quickly()
 
 
 def pytest_runtest_setup(item):

@@ -49,6 +49,23 @@ def test_freed_memory_is_used_again():
     assert faults("keep", JAX_PLATFORMS="cuda") > 100_000
 
 
+def test_xla_is_told_once_how_to_write_loops_where_it_knows_the_flag(monkeypatch):
+    import jaxlib.version
+
+    def told(version, flags, platform="cpu"):
+        monkeypatch.setattr(jaxlib.version, "__version_info__", version)
+        monkeypatch.setenv("JAX_PLATFORMS", platform)
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        startup.compile_quickly()
+        startup.compile_quickly()
+        return os.environ["XLA_FLAGS"]
+
+    assert told((0, 10, 2), "--a=1") == "--a=1 --xla_cpu_use_fusion_emitters=false"
+    chosen = "--xla_cpu_use_fusion_emitters=true"
+    assert told((0, 10, 2), chosen) == chosen
+    assert told((0, 11, 0), "") == told((0, 10, 2), "", platform="cuda") == ""
+
+
 @pytest.fixture
 def config(monkeypatch, tmp_path):
     """JAX's, without a cache; it is as before afterwards."""
@@ -131,7 +148,8 @@ sys.exit(main.main(sys.argv))
 
 @pytest.mark.parametrize("name", startup.PRESETS)
 def test_presets_are_flags_that_xla_knows(name, tmp_path):
-    own = "--xla_force_host_platform_device_count=1"
+    # With a word on its loops, on CPU nothing is added.
+    own = "--xla_force_host_platform_device_count=1 --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": own}
     run = ["--config=digits_ig", f"--workdir={tmp_path / 'w'}", f"--xla_preset={name}"]
     done = subprocess.run(
