@@ -172,7 +172,8 @@ class Stage:
             return self.name if spent < 2 * _MOMENT_S else f"{self.name}, {duration(spent)} so far"
         words = [f"{self.name} {self.done:,} of {self.total:,} ({self.done / self.total:.0%})"]
         since, done = self.first or (0.0, self.done)
-        if self.done > done and self.last > since:
+        # Devices take several steps into their queue at once, which says nothing of their speed.
+        if self.done > done and self.last - since >= _MOMENT_S:
             each = (self.last - since) / (self.done - done)
             words += [f"{1 / each:.3g}/s" if each < 10 else f"{duration(each)} each"]
             words += [f"{duration((self.total - self.done) * each)} left"]

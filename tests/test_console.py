@@ -130,6 +130,17 @@ def test_slow_units_and_few_of_them():
     assert watched.lines[-2][1] == "compiling 2 of 3 (67%), 1 min 40 s each, 1 min 40 s left …"
 
 
+def test_what_comes_all_at_once_has_no_rate():
+    """A device takes the first steps into its queue before the first one is computed."""
+    watched = Watched()
+    with watched.speaker.stage("training", total=300) as stage:
+        for _ in range(2):
+            watched.speaker.advance(stage, 1, "")
+            watched.clock.now += 1e-4
+        watched.wait(16)
+    assert dict(watched.lines)[15.0002] == "training 2 of 300 (1%) …"
+
+
 @pytest.mark.parametrize("moment", [1.0, 15.0])
 def test_a_stage_is_named_and_how_long_it_took(moment):
     watched = Watched(moment)
