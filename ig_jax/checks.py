@@ -32,6 +32,9 @@ class Limits:
             raise InputError(f"{name} is {value!r}: expected {self.noun}")
         if not math.isfinite(value):
             raise InputError(f"{name} is {value}: expected a finite number")
+        if not self.whole and isinstance(value, int) and abs(value) >= 2**31:
+            # Which JAX would take for an int32.
+            raise InputError(f"{name} is {value}: expected {float(value)!r}, with a decimal point")
         if not self.low <= value <= self.high or value == self.excluded:
             raise InputError(f"{name} is {value}: expected {self}")
 

@@ -34,6 +34,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 def pytest_configure():
     from ig_jax import console, startup
 
+    # A shell's background jobs inherit that Ctrl-C is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     console.quiet_libraries()
     startup.compile_quickly()
 

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 import ig_jax
 import ig_jax.sampling.sample
+from ig_jax import checks
 from ig_jax import config as config_lib
 from ig_jax.errors import InputError
 from tests.common import tiny_config
@@ -133,3 +134,9 @@ class TestConfig:
                     config_lib.validate(with_field(field, kind(value)))
                 expected = f"config.{field} is {kind(value)}: expected {limits}"
                 assert str(caught.value) == expected
+
+
+def test_a_whole_number_that_devices_would_count_in_32_bits_needs_a_decimal_point():
+    with pytest.raises(InputError, match=r"^a is 2147483648: expected 2147483648.0, with a deci"):
+        checks.WEIGHT.check("a", 2**31)
+    checks.WEIGHT.check("a", float(2**31))
