@@ -30,11 +30,14 @@ class Limits:
         kind = numbers.Integral if self.whole else numbers.Real
         if not isinstance(value, kind) or isinstance(value, bool):
             raise InputError(f"{name} is {value!r}: expected {self.noun}")
-        if not math.isfinite(value):
+        if isinstance(value, numbers.Integral):
+            if not self.whole and abs(value) >= 2**31:  # which JAX would take for an int32
+                raise InputError(
+                    f"{name} is {value}: expected a whole number below {2**31} in size, or one "
+                    "with a decimal point"
+                )
+        elif not math.isfinite(value):
             raise InputError(f"{name} is {value}: expected a finite number")
-        if not self.whole and isinstance(value, int) and abs(value) >= 2**31:
-            # Which JAX would take for an int32.
-            raise InputError(f"{name} is {value}: expected {float(value)!r}, with a decimal point")
         if not self.low <= value <= self.high or value == self.excluded:
             raise InputError(f"{name} is {value}: expected {self}")
 

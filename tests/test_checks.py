@@ -136,7 +136,15 @@ class TestConfig:
                 assert str(caught.value) == expected
 
 
-def test_a_whole_number_that_devices_would_count_in_32_bits_needs_a_decimal_point():
-    with pytest.raises(InputError, match=r"^a is 2147483648: expected 2147483648.0, with a deci"):
-        checks.WEIGHT.check("a", 2**31)
-    checks.WEIGHT.check("a", float(2**31))
+@pytest.mark.parametrize("value", [2**31, -(2**31), 10**400])
+def test_a_whole_number_of_more_than_32_bits_needs_a_decimal_point(value):
+    """JAX takes whole numbers for int32, and float64 ends before Python's integers do."""
+    number = checks.Limits()
+    with pytest.raises(
+        InputError, match=rf"^a is {value}: expected a whole number below 2147483648 "
+    ):
+        number.check("a", value)
+    number.check("a", float(2**31))
+    number.check("a", 2**31 - 1)
+    with pytest.raises(InputError, match=r"expected 1…2147483647$"):
+        checks.COUNT.check("a", abs(value))
