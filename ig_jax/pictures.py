@@ -273,11 +273,16 @@ def rendered(figure: Any) -> Image.Image:
     return Image.open(buffer).convert("RGB")
 
 
-def save_figure(path: epath.PathLike, figure: Any) -> None:
+def save_figure(path: epath.PathLike, figure: Any, colours: int = 0) -> None:
     """Writes a matplotlib figure as PNG, on a transparent ground.
 
     What matplotlib draws in black (text, axes, ticks) becomes `INK`, so that it can be read on
     light and dark pages.
+
+    Args:
+        path: local or `gs://`.
+        figure: of `make_figure`.
+        colours: of a palette, up to 256, which makes the file small; 0 for all.
     """
     from matplotlib.colors import same_color
 
@@ -288,4 +293,8 @@ def save_figure(path: epath.PathLike, figure: Any) -> None:
                 change(INK)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", transparent=True)
-    resolve(path).write_bytes(buffer.getvalue())
+    if not colours:
+        resolve(path).write_bytes(buffer.getvalue())
+        return
+    with Image.open(buffer) as image:
+        save_image(path, image.quantize(colours, Image.Quantize.FASTOCTREE))

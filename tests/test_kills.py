@@ -48,9 +48,11 @@ def _child(arguments: list[str], log: pathlib.Path, largest: int) -> None:
     output = os.open(log, os.O_APPEND | os.O_CREAT | os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(output, stream)
+    from ig_jax import stops
     from ig_jax.main import main
 
     sys.argv = ["ig_jax", *arguments]
+    stops.watch(sys.argv)
     sys.exit(main())
 
 

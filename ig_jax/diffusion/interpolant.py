@@ -259,7 +259,7 @@ def data_and_noise_from_velocity(
 
 
 def shift_times(t: Times, shift: float) -> Times:
-    """`s·t/(1 + (s − 1)·t)`: times of [0, 1] moved up where s > 1 (Esser et al. 2024, eq. 23)."""
+    """`s·t/(1 + (s − 1)·t)`: times of [0, 1] moved up where s > 1 (arXiv 2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -21,11 +21,11 @@ from ig_jax.evaluation.metrics import METRICS
 from ig_jax.evaluation.questions import Question, Values, Verdict, front, judge
 from ig_jax.paths import resolve
 
-# Readable on white and on black; the figures' own background is white.
+# Readable on white and on black.
 _GREY = "#94a3b8"
 _COLOURS = (
-    *("#64748b", "#1d4ed8", "#c2410c", "#d97706", "#047857"),
-    *("#65a30d", "#7e22ce", "#be185d", "#0891b2", "#78350f"),
+    *("#64748b", "#3b82f6", "#ea580c", "#0891b2", "#059669"),
+    *("#65a30d", "#a855f7", "#db2777", "#d97706", "#a16207"),
 )
 
 
@@ -126,14 +126,9 @@ def save(workdir: epath.PathLike, answers: Sequence[Answer], config: ConfigDict)
     }
     (folder / "ablation.json").write_text(json.dumps(values, indent=1) + "\n")
     (folder / "ablation.md").write_text(markdown(answers, config))
-    _save_picture(folder / "ablation.png", plot(answers))
+    pictures.save_figure(folder / "ablation.png", plot(answers), colours=64)
     if any(arm.family for answer in answers for arm in answer.question.arms):
-        _save_picture(folder / "pareto.png", plot_cost(answers))
-
-
-def _save_picture(path: epath.Path, figure: Any) -> None:
-    """A palette of few colours keeps figures small."""
-    pictures.save_image(path, pictures.rendered(figure).quantize(64))
+        pictures.save_figure(folder / "pareto.png", plot_cost(answers), colours=256)
 
 
 # --- Markdown -----------------------------------------------------------------------------------
@@ -177,13 +172,21 @@ def _row(cells: Sequence[str]) -> str:
 
 def plot(answers: Sequence[Answer]) -> Any:
     """All questions in one figure, a panel each: every arm's value with its spread over seeds."""
-    columns = min(3, len(answers))
-    rows = -(-len(answers) // columns)
-    arms = [len(answer.question.arms) for answer in answers]
-    heights = [max(arms[i * columns : (i + 1) * columns]) + 4 for i in range(rows)]
-    figure = pictures.make_figure(4.9 * columns, 0.2 * sum(heights))
-    panels = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
-    for axes, answer in zip(panels, answers, strict=False):
+    # Each goes below the shorter of two columns.
+    columns: list[list[Answer]] = [[] for _ in range(min(2, len(answers)))]
+    heights: list[list[int]] = [[] for _ in columns]
+    for answer in answers:
+        shortest = int(np.argmin([sum(h) for h in heights]))
+        columns[shortest].append(answer)
+        heights[shortest].append(len(answer.question.arms) + 4)
+    figure = pictures.make_figure(4.9 * len(columns), 0.2 * max(map(sum, heights)))
+    parts = figure.subfigures(1, len(columns), squeeze=False)[0]
+    panels = [
+        axes
+        for part, tall in zip(parts, heights, strict=True)
+        for axes in part.subplots(len(tall), 1, squeeze=False, height_ratios=tall).ravel()
+    ]
+    for axes, answer in zip(panels, sum(columns, []), strict=True):
         name = answer.metrics[0]
         found = [answer.values[arm.name].metrics[name] for arm in answer.question.arms]
         at = np.arange(len(found))
@@ -194,13 +197,13 @@ def plot(answers: Sequence[Answer]) -> Any:
             axes.errorbar(values.mean(), y, xerr=error, fmt="o", color=colour, ms=5, lw=1.5)
             axes.plot(values, np.full(len(values), y), "|", color=colour, ms=6)
         axes.set_yticks(at, [arm.name for arm in answer.question.arms], fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(len(found) - 0.4, -0.6)
+        axes.locator_params(axis="x", nbins=6)
+        axes.tick_params(axis="x", labelsize=8)
         title = textwrap.fill(answer.question.asks, 48)
         axes.set_title(title, fontsize=9, fontweight="bold", loc="left")
         axes.set_xlabel(f"{METRICS[name].title}, {answer.seeds} seeds", fontsize=8)
         axes.grid(axis="x", alpha=0.3)
-    for axes in panels[len(answers) :]:
-        axes.set_axis_off()
     return figure
 
 
@@ -216,7 +219,7 @@ def plot_cost(answers: Sequence[Answer]) -> Any:
     axes = figure.subplots()
     every = [(v.cost.mean(), v.metrics[name].mean()) for line in families.values() for v in line]
     best = [every[i] for i in front(every, METRICS[name].better)]
-    axes.plot(*zip(*best, strict=True), color="#cbd5e1", lw=9, solid_capstyle="round", zorder=0)
+    axes.plot(*zip(*best, strict=True), color=f"{_GREY}60", lw=9, solid_capstyle="round", zorder=0)
     for i, (title, line) in enumerate(families.items()):
         line = sorted(line, key=lambda v: v.cost.mean())
         x = [v.cost.mean() for v in line]

@@ -30,7 +30,10 @@ from ig_jax.sampling.labels import label_rule
 PLAIN, GUIDED = "final head", "IG"
 # Points of a panel, and paths of the last one.
 _SHOWN, _PATHS = 2048, 5
-_COLOURS = ("#c2410c", "#1d4ed8")
+_COLOURS = ("#ea580c", "#3b82f6")
+
+# Faint on white and on black: where the data lie, and the panels' frames.
+_TREE = "#767c8640"
 
 Points = tuple[np.ndarray, np.ndarray]
 
@@ -99,7 +102,7 @@ def run(config: ConfigDict, workdir: str) -> str:
     figure = plot(shown, _rescued(drawings, shown), {"data": data, **answer.values})
     file = resolve(workdir) / "toy2d.png"
     if is_primary():
-        pictures.save_image(file, pictures.rendered(figure).quantize(96))
+        pictures.save_figure(file, figure, colours=96)
     rate = metrics.METRICS["outlier_rate"]
     spread = answers.spread("outlier_rate", data.metrics["outlier_rate"])
     return f"the data themselves: {spread} {rate.title}; the figure: {file}; the table: ablation.md"
@@ -140,7 +143,9 @@ def plot(
             f"· branches {means['coverage']:.0%}",
         )
     _prepare(panels[-1])
-    for (title, path), style in zip(paths.items(), (("0.35", "--"), ("#047857", "-")), strict=True):
+    for (title, path), style in zip(
+        paths.items(), ((pictures.INK, "--"), ("#059669", "-")), strict=True
+    ):
         for i in range(path.shape[1]):
             name = title if i == 0 else None
             panels[-1].plot(*path[:, i].T, color=style[0], linestyle=style[1], lw=1.2, label=name)
@@ -157,10 +162,10 @@ def _prepare(axes: Any) -> None:
     mesh = np.stack(np.meshgrid(lines, lines), -1)
     density = _mesh_density(mesh.tobytes()).reshape(mesh.shape[:2])
     levels = [toy2d.outlier_density(), np.inf]
-    axes.contourf(lines, lines, density, levels=levels, colors=["#e2e8f0"])
+    axes.contourf(lines, lines, density, levels=levels, colors=[_TREE])
     axes.set(xlim=(-1.65, 1.65), ylim=(-1.65, 1.65), xticks=[], yticks=[], aspect="equal")
     for side in axes.spines.values():
-        side.set_color("#cbd5e1")
+        side.set_color(_TREE)
 
 
 @functools.cache
@@ -170,4 +175,4 @@ def _mesh_density(mesh: bytes) -> np.ndarray:
 
 def _caption(axes: Any, title: str, text: str) -> None:
     axes.set_title(title, fontsize=12, fontweight="bold", pad=18)
-    axes.text(0.5, 1.015, text, transform=axes.transAxes, ha="center", fontsize=7.5, color="0.3")
+    axes.text(0.5, 1.015, text, transform=axes.transAxes, ha="center", fontsize=7.5)
