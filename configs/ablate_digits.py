@@ -1,5 +1,5 @@
 """Claims of the internal guidance paper, and what its users ask, put to a small digits network by
---mode=ablate: under an hour on two CPU cores, with --fast under five minutes.
+--mode=ablate: under an hour on two CPU cores, with --fast in a quarter of one.
 
 Each question lists what is compared, and, as it was stated before the first run, what is expected:
 `better` than `than` `by` at least that share.

@@ -33,7 +33,7 @@ _SHOWN, _PATHS = 2048, 5
 _COLOURS = ("#ea580c", "#3b82f6")
 
 # Faint on white and on black: where the data lie, and the panels' frames.
-_TREE = "#767c8640"
+_TREE = f"{pictures.INK}40"
 
 Points = tuple[np.ndarray, np.ndarray]
 
