@@ -63,8 +63,12 @@ def test_nothing_needs_a_light_page(tmp_path):
     axes.legend(frameon=False)
     figure.suptitle("all")
     pictures.save_figure(tmp_path / "a.png", figure)
+    pictures.save_figure(tmp_path / "few.png", figure, colours=32)
+    with Image.open(tmp_path / "few.png") as few:
+        assert few.mode == "P"
+        few = few.convert("RGBA")
     table = pictures.picture_table([[np.full((8, 8, 1), 128, np.uint8)]], ["row"], ["column"])
-    for picture in (Image.open(tmp_path / "a.png"), table):
+    for picture in (Image.open(tmp_path / "a.png"), few, table):
         pixels = np.asarray(picture).astype(int)
         assert picture.mode == "RGBA" and pixels[0, 0, 3] == 0
         inked = pixels[pixels[..., 3] > 250][:, :3]
