@@ -8,7 +8,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import shutil
 import signal
@@ -106,6 +106,25 @@ def _follow_parent(worker: int, workers: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+@contextlib.contextmanager
+def _signals_are_for_parents() -> Iterator[None]:
+    """Processes and threads started by this thread meanwhile get no SIGINT and no SIGTERM.
+
+    A worker imports for seconds before `_follow_parent` runs in it. The other threads here go on
+    taking its signals, so that their handlers are called.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Starting this helper of multiprocessing would unblock both signals.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class BatchIterator:
     """Endless batches of one process; its state is the number of batches handed out.
 
@@ -129,7 +148,11 @@ class BatchIterator:
     def __next__(self) -> Batch:
         if self._stream is None:
             self._stream = self._start()
-        batch = next(self._stream)
+            # The first batch is what makes Grain start its workers.
+            with _signals_are_for_parents() if self._num_workers else contextlib.nullcontext():
+                batch = next(self._stream)
+        else:
+            batch = next(self._stream)
         self._step += 1
         return batch
 

@@ -234,7 +234,7 @@ def test_too_little_shared_memory_is_said_before_workers_start(monkeypatch, spar
 
 
 KILLED = """
-import multiprocessing, os, signal, time
+import multiprocessing, os, signal, sys, threading, time
 import numpy as np
 from ig_jax.data import pipeline
 from ig_jax.data.source import ArraySource
@@ -242,11 +242,16 @@ from ig_jax.data.source import ArraySource
 if __name__ == "__main__":
     source = ArraySource(np.zeros((64, 4, 4, 1), np.uint8), np.arange(64, dtype=np.int32))
     batches = pipeline.make_iterator(source, batch_size=8, seed=0, num_workers=2)
-    next(batches)
-    workers = [child.pid for child in multiprocessing.active_children()]
+    first = threading.Thread(target=next, args=[batches])
+    first.start()
+    if sys.argv[1] == "running":
+        first.join()
+    while len(workers := [child.pid for child in multiprocessing.active_children()]) < 2:
+        time.sleep(0.001)
     for pid in workers:  # as Ctrl-C at a terminal does
         os.kill(pid, signal.SIGINT)
         os.kill(pid, signal.SIGTERM)
+    first.join()
     for _ in range(32):
         next(batches)
     print(*workers, flush=True)
@@ -255,9 +260,10 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_workers_end_with_the_process_that_is_killed_and_not_before(tmp_path):
+@pytest.mark.parametrize("when", ["starting", "running"])
+def test_workers_end_with_the_process_that_is_killed_and_not_before(tmp_path, when):
     (tmp_path / "killed.py").write_text(KILLED)
-    child = subprocess.Popen([sys.executable, tmp_path / "killed.py"], stdout=subprocess.PIPE)
+    child = subprocess.Popen([sys.executable, tmp_path / "killed.py", when], stdout=subprocess.PIPE)
     try:
         workers = [int(pid) for pid in child.stdout.readline().split()]
         assert len(workers) == 2
