@@ -362,41 +362,47 @@ def run(config: ConfigDict, workdir: str, sweep: bool = False) -> str:
         head = _paired(by_name, "train step", "train step, no head")
         ig = _paired(by_name, "sampler: IG", "sampler: no guidance")
         said.append(f"the auxiliary head costs {head} of a training step, IG {ig} of sampling")
-    if sweep:
-        tried, flags = search(config)
-        found["sweep"] = tried
-        said.append(f"fastest training: {flags}")
     path = resolve(workdir) / "benchmark.json"
+
+    def save() -> None:
+        if is_primary():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with write_atomically(path) as temporary:
+                temporary.write_text(json.dumps(found, indent=2) + "\n")
+
+    save()
     if is_primary():
         _print(lines, ceiling, peak)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as temporary:
-            temporary.write_text(json.dumps(found, indent=2) + "\n")
+    if sweep:
+        found["sweep"] = []
+        for tried in search(config):
+            found["sweep"].append(tried)
+            save()  # each way: they take long, and one may end the process
+        best = max(found["sweep"], key=lambda way: way["images_per_second"] or 0.0)
+        rate = best["images_per_second"] or 0.0
+        said.append(f"fastest training: {best['flags']} ({rate:,.1f} images/s)")
     return "\n".join([*said, f"numbers: {path}"])
 
 
-def search(config: ConfigDict) -> tuple[list[dict[str, Any]], str]:
+def search(config: ConfigDict) -> Iterator[dict[str, Any]]:
     """Times the training step over scan or unroll, remat and batch size.
 
-    Returns:
-        (tried, flags): a record of each way, without times where memory did not suffice; and the
-        flags of the way with most images per second.
+    Yields:
+        A record of each way: its flags and its images per second, None where memory did not
+        suffice.
     """
     devices, batch = jax.device_count(), config.train.batch_size
     sizes = [size for size in (batch // 2, batch, 2 * batch) if size and size % devices == 0]
     ways = itertools.product((True, False), REMAT_POLICIES, sizes)
     names = ("model.scan_blocks", "model.remat", "train.batch_size")
-    tried = []
     for way in ways:
         values = dict(zip(names, way, strict=True))
         flags = " ".join(f"--config.{name}={str(value).lower()}" for name, value in values.items())
         try:
             (line,) = measure([_train_case(flags, fit.changed(config, values))], ROUNDS)
+            rate = line.images / line.median
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            tried.append({"flags": flags, "images_per_second": None})
-            continue
-        tried.append({"flags": flags, "images_per_second": line.images / line.median})
-    best = max(tried, key=lambda way: way["images_per_second"] or 0.0)
-    return tried, f"{best['flags']} ({best['images_per_second'] or 0:,.1f} images/s)"
+            rate = None
+        yield {"flags": flags, "images_per_second": rate}

@@ -316,7 +316,8 @@ def test_bad_input(tree, tmp_path):
         run(str(tmp_path / "images"), tmp_path / "none")
 
 
-def test_a_second_run_in_a_folder_is_refused_by_name_and_age(tree, tmp_path):
+def test_a_second_run_in_a_folder_is_refused_by_name_and_age(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "SILENT_S", 0.2)
     message = f"is in use by process {os.getpid()} on .* .for 0 s, last sign of life 0 s ago"
     with lock.hold(tmp_path), pytest.raises(InputError, match=message):
         run(tree[0], tmp_path)
