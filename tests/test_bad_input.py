@@ -695,7 +695,7 @@ FILES: dict[tuple[str, str], list[tuple[Damage, str]]] = {
         (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE * 1j), "{f}/x.npz: cannot be read as statistics in an .npz file (…)"),
         (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, count="x"), "{f}/x.npz: cannot be read as statistics in an .npz file (…)"),
         (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, metadata="{"), "{f}/x.npz: cannot be read as statistics in an .npz file (…)"),
-        (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, metadata='{"extractor": 5}'), "{f}/x.npz: statistics of another feature extractor (5), expected digits-mlp (1cebc25d)"),
+        (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, metadata='{"extractor": 5}'), "{f}/x.npz: statistics of another feature extractor (5), expected digits-mlp (…)"),
         (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, features=np.zeros((3, 5))), "{f}/x.npz: features is float64 (3, 5), expected floats (N, 64)"),
         (npz("x.npz", mu=np.zeros(WIDTH), sigma=EYE, mu_s=np.zeros(3), sigma_s=EYE), "{f}/x.npz: mu_s, sigma_s: statistics: mean has shape (3,) and covariance (64, 64), expected (D,) and (D, D)"),
     ],

@@ -257,22 +257,23 @@ def published(family, topology, batch_size):
     ("family", "topology", "batch_size"),
     [
         ("sit", "v5e:4x4", 256),
-        ("sit", "v5e:16x16", 1024),
         ("sit", "v5e:16x16", 4096),
         ("lightningdit", "v5e:4x4", 256),
         ("lightningdit", "v5e:16x16", 1024),
-        ("lightningdit", "v5e:16x16", 4096),
     ],
 )
 def test_published_recipes_fit_with_a_quarter_of_memory_to_spare(
     family, topology, batch_size, monkeypatch
 ):
     monkeypatch.setattr(fit, "_bound", lambda *arguments: None)  # of other tests
-    report = fit.report(published(family, topology, batch_size))
-    train, sampler = report.programs
+    # The sampler's program is compiled on the small one, where a device has more of its batch.
+    small = topology == "v5e:4x4"
+    names = ("train step", "sampler") if small else ("train step",)
+    report = fit.report(published(family, topology, batch_size), names)
     assert report.fits and report.memory == 16 * 2**30
-    assert max(train.peak, sampler.peak) <= 0.75 * report.memory, report.table()
-    assert set(sampler.collectives) == {"all-gather"}
+    assert all(p.peak <= 0.75 * report.memory for p in report.programs), report.table()
+    train, *samplers = report.programs
+    assert all(set(p.collectives) == {"all-gather"} for p in samplers)
     found = {kind: exchange.bytes for kind, exchange in train.collectives.items()}
     whole = 4 * report.parameters
     # bfloat16 parameters forward and backward, float32 gradients once over fsdp and, a quarter
