@@ -325,6 +325,31 @@ _COST = {
     ),
 }
 
+# From noise to data in 16 intervals, of which every other or third runs the whole network.
+_REUSE = {
+    "name": "reuse",
+    "asks": "Can most steps stop at the auxiliary head and reuse its last difference (w = 1.5)?",
+    "arms": tuple(
+        {"name": name, "guidance.ig_scale": 1.5, "sampler.name": sampler, "sampler.num_steps": n}
+        for name, sampler, n in (
+            ("Euler, 16 steps", "euler", 16),
+            ("Euler, 11 steps", "euler", 11),
+            ("Euler, 9 steps", "euler", 9),
+            ("ab2, 11 steps", "ab2", 11),
+            ("reuse, 1 of 2", "reuse(every=2)", 16),
+            ("reuse, 1 of 3", "reuse(every=3)", 16),
+            ("order 1, 1 of 2", "reuse(every=2, order=1)", 16),
+        )
+    ),
+    "expect": (
+        _expect("reuse, 1 of 2", "Euler, 16 steps", -0.05, "the difference changes slowly"),
+        _expect("reuse, 1 of 2", "Euler, 11 steps", 0.0, "arXiv 2503.06923, at equal cost"),
+        _expect("reuse, 1 of 3", "Euler, 9 steps", 0.0, "arXiv 2503.06923, at equal cost"),
+        _expect("order 1, 1 of 2", "reuse, 1 of 2", 0.0, "arXiv 2503.06923: forecast, not reuse"),
+        _expect("reuse, 1 of 2", "ab2, 11 steps", 0.0, "or else a better solver does it"),
+    ),
+}
+
 _RECIPE = {
     "name": "recipe",
     "asks": "RAEv2's recipe: data predicted, errors as velocity, lognormal times, λ = 1?",
@@ -349,6 +374,7 @@ QUESTIONS = (
     _SCALE,
     _METHODS,
     _COST,
+    _REUSE,
     _SHALLOW_QUESTION,
     _INTERVAL,
     _INTERVAL_MOVED,

@@ -31,7 +31,7 @@ def get_config():
         seeds=5,
         metrics=("outlier_rate", "label_accuracy", "coverage"),
         trainings=(SMALLER,),
-        questions=(METHODS,),
+        questions=(METHODS, REUSE),
         fast=(2, 200, 1024),
     )
     return config
@@ -83,6 +83,46 @@ METHODS = {
             "by": -0.02,
             "since": "IG paper, Fig. 2: IG keeps it",
             "metric": "coverage",
+        },
+    ),
+}
+
+# 31 evaluations, as the 16 steps of Heun's method make.
+_EVALUATIONS = 31
+REUSE = {
+    "name": "reuse",
+    "asks": f"Can most steps stop at the auxiliary head and reuse its last difference (w = {W:g})?",
+    "arms": tuple(
+        {"name": name, "guidance.ig_scale": W, "sampler.name": sampler, "sampler.num_steps": steps}
+        for name, sampler, steps in (
+            ("Euler, 31 steps", "euler", _EVALUATIONS),
+            ("Euler, 20 steps", "euler", 20),
+            ("ab2, 20 steps", "ab2", 20),
+            ("reuse, 1 of 2", "reuse(every=2)", _EVALUATIONS),
+            ("order 1, 1 of 2", "reuse(every=2, order=1)", _EVALUATIONS),
+        )
+    ),
+    "expect": (
+        {
+            "better": "reuse, 1 of 2",
+            "than": "Euler, 31 steps",
+            "by": -0.05,
+            "since": "the difference changes slowly",
+        },
+        {
+            "better": "reuse, 1 of 2",
+            "than": "Euler, 20 steps",
+            "since": "arXiv 2503.06923, at equal cost",
+        },
+        {
+            "better": "order 1, 1 of 2",
+            "than": "reuse, 1 of 2",
+            "since": "arXiv 2503.06923: forecast, not reuse",
+        },
+        {
+            "better": "reuse, 1 of 2",
+            "than": "ab2, 20 steps",
+            "since": "or else a better solver does it",
         },
     ),
 }

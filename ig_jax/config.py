@@ -328,10 +328,11 @@ def sampler(config: ConfigDict) -> samplers.Sampler:
 
 def time_grid(config: ConfigDict) -> Any:
     """The sampler's time grid, (N + 1,) float64; raises `InputError` if it has no interval."""
-    s = config.sampler
+    s, heads = config.sampler, len(model_spec(config).auxiliary_depths)
     with _naming("sampler"):
-        path = interpolant.get(config.loss.path)
-        return samplers.time_grid(sampler(config), s.num_steps, path, s.time_shift)
+        path, chosen = interpolant.get(config.loss.path), sampler(config)
+        chosen.check(heads, "name")
+        return samplers.time_grid(chosen, s.num_steps, path, s.time_shift)
 
 
 def to_json(config: ConfigDict) -> dict[str, Any]:

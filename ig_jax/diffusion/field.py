@@ -16,10 +16,17 @@ from ig_jax.models.network import Heads, Network
 
 @flax.struct.dataclass
 class Velocity:
-    """A guided velocity (B, …) and the variance channels, if the network has them."""
+    """A guided velocity and what the same forward pass also gave.
+
+    Attributes:
+        velocity: guided, (B, …).
+        variance: the variance channels, if the network has them.
+        auxiliary: the velocity of the first auxiliary head, unguided, if there is one.
+    """
 
     velocity: jax.Array
     variance: jax.Array | None = None
+    auxiliary: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +69,17 @@ class GuidedVelocity:
             terms = tuple(terms[i] for i in taking_part)
         heads = self._run(needed(terms), x, t)
         output = combine(terms, heads, t if at is None else at)
-        velocity = interpolants.velocity_from(self.path, self.prediction, output, x, t)
-        return Velocity(velocity, heads[Pass()].variance)
+        own = heads[Pass()]
+        auxiliary = self._velocity(own.auxiliary[0], x, t) if own.auxiliary else None
+        return Velocity(self._velocity(output, x, t), own.variance, auxiliary)
+
+    def shallow(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        """The velocity (B, …) of the first auxiliary head, by a pass that stops there."""
+        one = Pass(upto=0)
+        return self._velocity(self._run(frozenset({one}), x, t)[one].auxiliary[0], x, t)
+
+    def _velocity(self, output: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+        return interpolants.velocity_from(self.path, self.prediction, output, x, t)
 
     def anywhere(self, x: jax.Array, t: jax.Array) -> Velocity:
         """As a call, at (B,) times that are known only while it runs: an adaptive sampler's.

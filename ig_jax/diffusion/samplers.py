@@ -24,6 +24,8 @@ from ig_jax.streams import stream
 
 # evaluate(x, t, stage) -> Velocity, with t a scalar time and stage an index of `Sampler.nodes`
 Evaluate = Callable[[jax.Array, jax.Array, int], Velocity]
+# shallow(x, t) -> the first auxiliary head's velocity, by a forward pass that stops there
+Shallow = Callable[[jax.Array, jax.Array], jax.Array]
 # noise(interval index) -> standard normal noise shaped like x
 Noise = Callable[[jax.Array], jax.Array]
 # Anything that a step hands to the next: a pytree.
@@ -41,6 +43,7 @@ class Step:
         last: whether this is the last interval (a traced boolean).
         noise: (B, …) standard normal noise, or None for deterministic samplers.
         path: the interpolant.
+        shallow: evaluates the first auxiliary head alone.
     """
 
     t: jax.Array
@@ -48,6 +51,7 @@ class Step:
     last: jax.Array
     noise: jax.Array | None
     path: Interpolant
+    shallow: Shallow
 
     @property
     def dt(self) -> jax.Array:
@@ -92,6 +96,18 @@ class Sampler:
     ) -> tuple[Carry, jax.Array]:
         """Takes x (B, …) over one interval; returns what to hand on, and the new x."""
         raise NotImplementedError
+
+    def check(self, heads: int, what: str = "sampler") -> None:
+        """Raises `InputError` if a network of so many auxiliary heads cannot be sampled so.
+
+        Args:
+            heads: number of them.
+            what: the field or argument that names the sampler.
+        """
+
+    def whole(self, index: int) -> bool:
+        """Whether the interval of this index runs the whole network, or up to its first head."""
+        return True
 
     def plain_end(self, path: Interpolant) -> bool:
         """Whether the last interval is a plain Euler step: by choice, or since the velocity has no
@@ -159,8 +175,12 @@ def _take_step(
         times = jnp.broadcast_to(t, x.shape[:1])
         return field(x, times, step["at"][stage], branches[stage])
 
+    def shallow(x: jax.Array, t: jax.Array) -> jax.Array:
+        return field.shallow(x, jnp.broadcast_to(t, x.shape[:1]))
+
     drawn = noise(step["index"]) if sampler.stochastic and noise is not None else None
-    interval = Step(step["t"], step["next_t"], step["index"] == count - 1, drawn, field.path)
+    last = step["index"] == count - 1
+    interval = Step(step["t"], step["next_t"], last, drawn, field.path, shallow)
     # Euler at the end of another sampler hands that one's carry on untouched.
     carry, x = sampler.step(evaluate, carry, x, interval)
     return (carry, x), (x if trajectory else None)
@@ -240,6 +260,73 @@ class AdamsBashforth2(Sampler):
         slope = evaluate(x, step.t, 0).velocity
         change = 0.5 * step.dt / dt_before * (slope - before)
         return (slope, step.dt), x + step.dt * (slope + change)
+
+
+class _Kept(NamedTuple):
+    """Of the last whole step: its time, the difference then (B, …), and that one's rate of change;
+    and the number of the interval that comes next."""
+
+    t: jax.Array
+    difference: jax.Array
+    rate: jax.Array
+    upcoming: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Reuse(Sampler):
+    """Euler, of whose steps only every `every`-th runs the whole network.
+
+    The others stop at the first auxiliary head and add to its velocity by how much the guided one
+    differed in the last whole step, `D_w(x) ≈ D_i(x) + (D_w − D_i)(then)`: the difference that
+    internal guidance extrapolates stands for the deep half, which caches of features (TaylorSeer,
+    arXiv 2503.06923) keep in its stead.
+
+    Attributes:
+        every: 1 is Euler's method.
+        order: of the Taylor series that carries the difference on: 0 keeps it, 1 lets it change as
+            between the last two whole steps.
+    """
+
+    every: int = 2
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        checks.SAMPLER_STEPS.check("every", self.every)
+        checks.Limits(0, 1, whole=True).check("order", self.order)
+
+    def check(self, heads: int, what: str = "sampler") -> None:
+        """Raises `InputError` for a network without auxiliary heads."""
+        if not heads:
+            raise InputError(
+                f"{what} is 'reuse': expected a model with an auxiliary head, where most of its "
+                "steps stop; this one has none"
+            )
+
+    def whole(self, index: int) -> bool:
+        return index % self.every == 0
+
+    def init(self, x: jax.Array) -> Carry:
+        # No difference infinitely long ago: the first rate is none.
+        zeros = jnp.zeros_like(x)
+        return _Kept(jnp.float32(jnp.inf), zeros, zeros, jnp.int32(0))
+
+    def step(
+        self, evaluate: Evaluate, carry: Carry, x: jax.Array, step: Step
+    ) -> tuple[Carry, jax.Array]:
+        def whole(kept: _Kept) -> tuple[_Kept, jax.Array]:
+            out = evaluate(x, step.t, 0)
+            assert out.auxiliary is not None
+            difference = out.velocity - out.auxiliary
+            rate = (difference - kept.difference) / (step.t - kept.t)
+            return _Kept(step.t, difference, rate, kept.upcoming), out.velocity
+
+        def shallow(kept: _Kept) -> tuple[_Kept, jax.Array]:
+            since = (step.t - kept.t) if self.order else 0.0
+            difference = kept.difference + since * kept.rate
+            return kept, step.shallow(x, step.t) + difference
+
+        kept, velocity = jax.lax.cond(carry.upcoming % self.every == 0, whole, shallow, carry)
+        return kept._replace(upcoming=kept.upcoming + 1), x + step.dt * velocity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -419,6 +506,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "heun2": Heun2,
     "rk4": RungeKutta4,
     "ab2": AdamsBashforth2,
+    "reuse": Reuse,
     "euler_maruyama": EulerMaruyama,
     "ddpm": Ancestral,
     "dopri5": DormandPrince,

@@ -21,7 +21,7 @@ from ig_jax import config as config_lib
 from ig_jax import console
 from ig_jax import record as record_lib
 from ig_jax.data import pipeline
-from ig_jax.diffusion.guidance import GuidanceOptions, needed
+from ig_jax.diffusion.guidance import GuidanceOptions
 from ig_jax.experiment import Experiment
 from ig_jax.models import autoencoder, families, functional
 from ig_jax.models.network import Spec
@@ -172,21 +172,14 @@ def sampler_flops(spec: Spec, engine: Engine, guidance: GuidanceOptions) -> floa
     settings = engine.settings
     if not isinstance(spec, TrunkSpec) or not len(settings.sampler.nodes):
         return 0.0
-    branches, terms = settings.prepare(guidance.build())
     whole = spec.forward_flops()
     block = (dataclasses.replace(spec, depth=spec.depth + 1).forward_flops()) - whole
 
     def of_pass(upto: int | None) -> float:
         return whole if upto is None else whole - block * (spec.depth - spec.auxiliary_depths[upto])
 
-    return float(
-        sum(
-            of_pass(one.upto)
-            for stages in branches
-            for taking_part in stages
-            for one in needed(tuple(terms.terms[i] for i in taking_part))
-        )
-    )
+    evaluations = settings.passes(guidance.build())
+    return float(sum(of_pass(one.upto) for passes in evaluations for one in passes))
 
 
 def _decode_case(config: ConfigDict, experiment: Experiment) -> Case:

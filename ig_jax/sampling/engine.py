@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +19,7 @@ from jax.sharding import Mesh
 
 from ig_jax.diffusion import interpolant, samplers
 from ig_jax.diffusion.field import GuidedVelocity
-from ig_jax.diffusion.guidance import Guidance, Pass, Weaker, needed
+from ig_jax.diffusion.guidance import Guidance, Pass, Passes, Weaker, needed
 from ig_jax.models.functional import Params, merge
 from ig_jax.models.network import Spec
 from ig_jax.parallel import hosts, sharding
@@ -58,6 +57,20 @@ class Settings:
         """What `draw` takes: which terms take part where (static), and the terms (arrays)."""
         guidance = guidance.canonical(self.heads)
         return guidance.branches(samplers.stage_times(self.sampler, self.grid)), guidance
+
+    def passes(self, guidance: Guidance) -> list[Passes]:
+        """The forward passes of each evaluation that a sample takes, at a fixed grid."""
+        branches, guidance = self.prepare(guidance)
+        evaluations = [
+            needed([guidance.terms[i] for i in taking_part])
+            if self.sampler.whole(index)
+            else frozenset({Pass(upto=0)})
+            for index, stages in enumerate(branches)
+            for taking_part in stages
+        ]
+        if self.sampler.plain_end(self.path):
+            del evaluations[1 - len(branches[-1]) or len(evaluations) :]
+        return evaluations
 
 
 def draw(
@@ -148,12 +161,7 @@ class Engine:
                 return weaker.forward_flops() / spec.forward_flops()
             return 1.0 if one.upto is None else spec.auxiliary_depths[one.upto] / spec.depth
 
-        branches, guidance = self.settings.prepare(guidance)
-        evaluations = list(itertools.chain.from_iterable(branches))
-        if self.settings.sampler.plain_end(self.settings.path):
-            del evaluations[1 - len(branches[-1]) or len(evaluations) :]
-        acting = ([guidance.terms[i] for i in indices] for indices in evaluations)
-        return sum(cost(one) for terms in acting for one in needed(terms))
+        return sum(cost(one) for passes in self.settings.passes(guidance) for one in passes)
 
     def batches(
         self,

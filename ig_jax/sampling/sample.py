@@ -198,6 +198,7 @@ def sample(
     trained = recipes.family(spec.family).config["loss"]
     graphdef, params = functional.split(model)
     chosen, num_steps, time_shift = _recipe(spec.family, sampler, num_steps, time_shift)
+    chosen.check(len(spec.auxiliary_depths))
     settings = Settings(
         graphdef=graphdef,
         path=interpolant.get(path or trained["path"]),

@@ -115,7 +115,7 @@ MEAN, STD = 0.5, 0.3
 def exact(path, prediction="velocity"):
     """The exact conditional expectation of each target, as a network with both heads alike."""
 
-    def network(x, network_t, y):
+    def network(x, network_t, y, upto=None):
         t = (network_t + 1) / 1000 if path.name == "vp" else network_t
         a, s = path.alpha(t)[:, None, None, None], path.sigma(t)[:, None, None, None]
         variance = a**2 * STD**2 + s**2
@@ -124,14 +124,14 @@ def exact(path, prediction="velocity"):
         da, ds = path.alpha_rate(t), path.sigma_rate(t)
         velocity = da[:, None, None, None] * data + ds[:, None, None, None] * noise
         out = {"velocity": velocity, "noise": noise, "data": data}[prediction]
-        return Heads(out, (out,))
+        return Heads(out if upto is None else None, (out,))
 
     return network
 
 
 # Every sampler on every path, and (sampler, path) → how far mean and deviation may be off after
 # this many steps; one evaluation a step needs more of them.
-STEPS = {"euler": 200, "ab2": 60, "heun": 60, "heun2": 60, "rk4": 30, "dopri5": 1}
+STEPS = {"euler": 200, "ab2": 60, "reuse": 200, "heun": 60, "heun2": 60, "rk4": 30, "dopri5": 1}
 CASES = [
     (path, name, "noise" if path == "vp" else "velocity", 250 if path == "vp" else steps)
     for path in interpolant.INTERPOLANTS
@@ -162,6 +162,9 @@ def test_no_sampler_reads_a_velocity_without_a_limit(name, steps):
     z = samplers.initial_noise(samplers.sample_keys(0, jnp.arange(4096)), (1, 1, 2))
     x, _ = jax.jit(lambda z: solve(name, field, z, steps))(z)
     assert abs(float(x.std()) - STD) < 0.02
+
+
+GUIDED = Guidance(1.8, (0.2, 1.0), 1.5, (0.0, 0.6))
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +221,10 @@ def test_unconditional_branch_is_computed_only_inside_its_interval():
 
 @pytest.mark.parametrize("name", ["heun", "euler_maruyama", "dopri5"])
 def test_a_sample_does_not_change_with_its_batch(sit, name):
-    guidance = Guidance(1.8, (0.2, 1.0), 1.5, (0.0, 0.6))
-    whole, _ = sample(sit, guidance, name=name)
-    alone, _ = sample(sit, guidance, labels=(0,), name=name)
+    whole, _ = sample(sit, GUIDED, name=name)
+    alone, _ = sample(sit, GUIDED, labels=(0,), name=name)
     np.testing.assert_allclose(alone[0], whole[0], atol=1e-4)
-    other, _ = sample(sit, guidance, labels=(0,), name=name, seed=1)
+    other, _ = sample(sit, GUIDED, labels=(0,), name=name, seed=1)
     assert relative_error(other, alone) > 0.1
 
 
@@ -233,6 +235,53 @@ def test_trajectory_ends_at_the_sample(sit):
     np.testing.assert_array_equal(visited[-1], x)
     with pytest.raises(InputError, match="trajectory"):
         sample(sit, guidance, name="dopri5", trajectory=True)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_reuse_adds_the_difference_of_the_last_whole_step(sit, order):
+    """Step by step, in plain Python: whole at 0, 3 and 6."""
+    path, labels = interpolant.get("linear"), jnp.arange(4, dtype=jnp.int32)
+    field = GuidedVelocity(sit, labels, 10, path, "velocity", GUIDED)
+    whole = jax.jit(lambda x, t: field(x, jnp.full(4, t)).velocity)
+    shallow = jax.jit(lambda x, t: sit(x, jnp.full(4, t), labels).auxiliary[0])
+    x = samplers.initial_noise(samplers.sample_keys(0, jnp.arange(4)), (8, 8, 4))
+    times, kept = np.linspace(1, 0, 9, dtype=np.float32), []
+    for i, t in enumerate(times[:-1]):
+        if i % 3 == 0:
+            kept.append((t, whole(x, t) - shallow(x, t)))
+        then, difference = kept[-1]
+        if order and len(kept) > 1:
+            before, older = kept[-2]
+            difference = difference + (t - then) * (difference - older) / (then - before)
+        x = x + (times[i + 1] - t) * (shallow(x, t) + difference)
+    found, _ = sample(sit, GUIDED, name=f"reuse(every=3, order={order})", steps=8)
+    assert relative_error(found, x) <= 1e-4
+
+
+def test_reuse_is_euler_where_nothing_is_left_out(sit):
+    euler, _ = sample(sit, GUIDED, name="euler", steps=6)
+    every, _ = sample(sit, GUIDED, name="reuse(every=1)", steps=6)
+    assert relative_error(every, euler) <= 1e-5
+    # The auxiliary head's own samples, whose difference from it is none.
+    euler, _ = sample(sit, Guidance(0.0), name="euler", steps=6)
+    shallow, _ = sample(sit, Guidance(0.0), name="reuse(every=3)", steps=6)
+    assert relative_error(shallow, euler) <= 1e-5
+    guided, _ = sample(sit, GUIDED, name="reuse(every=3)", steps=6)
+    assert relative_error(guided, every) > 1e-3
+
+
+def test_reuse_makes_the_passes_that_it_is_counted_for(sit):
+    made = []
+
+    def spy(x, t, y, upto=None):
+        jax.debug.callback(lambda: made.append(upto))
+        return Heads(None if upto is not None else 2 * x, (x,))
+
+    sample(spy, Guidance(1.5), name="reuse(every=3)", steps=8)
+    jax.effects_barrier()
+    assert made == [None, 0, 0, None, 0, 0, None, 0]
+    counted = [samplers.Reuse(every=3).whole(i) for i in range(8)]
+    assert counted == [upto is None for upto in made]
 
 
 ORDERS = {"euler": 1, "ab2": 2, "heun2": 2, "rk4": 4}
@@ -281,7 +330,7 @@ def test_ancestral_steps_use_the_predicted_variance():
     sampler, t, next_t = samplers.make("ddpm"), jnp.float32(0.6), jnp.float32(0.3)
     x = jnp.zeros((2048, 1, 1, 1))
     noise = jax.random.normal(jax.random.key(0), x.shape)
-    step = samplers.Step(t, next_t, jnp.bool_(False), noise, path)
+    step = samplers.Step(t, next_t, jnp.bool_(False), noise, path, shallow=None)
 
     def spread(value):
         field = with_variance(path, value)

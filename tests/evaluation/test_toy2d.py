@@ -106,7 +106,7 @@ def test_the_toy_needs_its_data_set_and_its_arms(tmp_path):
     with pytest.raises(InputError, match="config.data.name is 'digits': expected 'toy2d'"):
         toy.run(tiny_config(), str(tmp_path))
     config = asking(small_config())
-    (question,) = config.ablation.questions
+    question, *_ = config.ablation.questions
     config.ablation.questions = ({"name": "q", "asks": "?", "arms": question["arms"][:1]},)
     with pytest.raises(InputError, match=r"questions\[0\] has no arm 'IG': --mode=toy needs it"):
         toy.run(config, str(tmp_path))
