@@ -1,4 +1,5 @@
-"""What devices exchange in one run of a compiled program, read from the text of its HLO."""
+"""What devices exchange, and move to and from their memory, in one run of a compiled program, read
+from the text of its HLO."""
 
 from __future__ import annotations
 
@@ -29,6 +30,12 @@ _BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}
 # Groups of one device each, as an axis of size 1 makes.
 _ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
+_ARRAY_AND_LAYOUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
+# They move nothing, or something that another instruction stands for.
+_UNMOVED = re.compile(
+    r"constant|tuple|get-tuple-element|bitcast|opt-barrier|while|conditional|dynamic-update-slice|"
+    r"\S+-start"
+)
 
 
 @dataclasses.dataclass
@@ -63,6 +70,37 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
     visit(entry, 1)
     return {kind: Collective(counts[kind], sizes[kind]) for kind in counts}
+
+
+def memory_traffic(hlo: str) -> int:
+    """Bytes that one device moves to and from its main memory in one run, at least.
+
+    Every argument is read, and every array that is made is written and read once, unless it stays
+    on the chip (a TPU's VMEM, memory space 1) or is a result. That is less than is moved, where
+    something is read again; the compiler's own count ("bytes accessed") is several times more,
+    since it takes what stays on the chip for memory too.
+
+    Args:
+        hlo: the optimised module's text. What happens inside loops and branches is left out.
+    """
+    module, entry = _read(hlo)
+    arguments = made = results = 0
+    for line in module[entry].lines:
+        name, shape, operation = _INSTRUCTION.match(line).groups()
+        size = _in_main_memory(shape)
+        if line.lstrip().startswith("ROOT"):
+            results = size
+        if operation == "parameter":
+            arguments += size
+        elif not _UNMOVED.fullmatch(operation) and "dynamic-update-slice" not in name:
+            made += size
+    return arguments + made + max(made - results, 0)
+
+
+def _in_main_memory(shape: str) -> int:
+    """Bytes of those arrays of a shape or tuple that do not stay on the chip."""
+    arrays = _ARRAY_AND_LAYOUT.findall(shape)
+    return sum(_bytes(kind, size) for kind, size, layout in arrays if "S(" not in layout)
 
 
 def _read(hlo: str) -> tuple[dict[str, _Computation], str]:

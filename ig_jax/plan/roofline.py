@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from ig_jax.experiment import Experiment
 from ig_jax.models.trunk import TrunkSpec
-from ig_jax.plan.hlo import Collective
+from ig_jax.plan import hlo
 from ig_jax.plan.topology import Chip
 
 
@@ -22,7 +22,7 @@ class Work:
 
     Attributes:
         flops: floating-point operations, recomputation included.
-        memory: bytes read from and written to its memory.
+        memory: bytes read from and written to its memory, at least.
         exchange: bytes of the arrays that it exchanges with others.
         model_flops: its share of three forward passes of the batch by the model's formula.
     """
@@ -87,7 +87,7 @@ def step_work(
     config: ConfigDict,
     devices: Sequence[jax.Device],
     compile_step: Callable[[Experiment], jax.stages.Compiled],
-    exchanges: Mapping[str, Collective],
+    exchanges: Mapping[str, hlo.Collective],
 ) -> Work | None:
     """Counts a training step's work as `whole_cost` does.
 
@@ -115,7 +115,8 @@ def whole_cost(
     devices: Sequence[jax.Device],
     compile_one: Callable[[Experiment], jax.stages.Compiled],
 ) -> tuple[float, float]:
-    """A program's floating-point operations and bytes, from two shallow networks without loops.
+    """A program's floating-point operations, and the bytes that it moves to and from memory at
+    least, from two shallow networks without loops.
 
     The compiler's own count takes the body of a loop once. Unrolled networks one and two blocks
     deeper than their heads give the cost of a block, and of all that is no block.
@@ -133,8 +134,9 @@ def whole_cost(
         changed.model.update(depth=depth, scan_blocks=False)
         changed.model.auxiliary_depth = auxiliary if heads > 1 else heads
         changed.train.accumulate = 1
-        cost = compile_one(Experiment.from_config(changed, devices)).cost_analysis()
-        shallow.append((cost["flops"], cost["bytes accessed"]))
+        compiled = compile_one(Experiment.from_config(changed, devices))
+        flops, memory = compiled.cost_analysis()["flops"], hlo.memory_traffic(compiled.as_text())
+        shallow.append((flops, float(memory)))
     rest = spec.depth - heads - 1
     flops, memory = (one + rest * (two - one) for one, two in zip(*shallow, strict=True))
     return flops, memory

@@ -40,7 +40,7 @@ class Cost:
         tokens, parameters: of the network.
         formula: floating-point operations by `Spec.forward_flops`, matrix products only.
         compiled: floating-point operations that the compiler counts.
-        memory: bytes that the compiled program reads and writes.
+        memory: bytes that the compiled program moves to and from memory, at least.
         seconds: the median of some runs.
     """
 
@@ -122,7 +122,7 @@ def plot(found: list[Cost], about: str) -> Any:
     figure = pictures.make_figure(11, 3.8)
     panels: tuple[tuple[str, Callable[[Cost], float]], ...] = (
         ("GFLOP counted by the compiler", lambda cost: cost.compiled / 1e9),
-        ("GB read and written", lambda cost: cost.memory / 1e9),
+        ("GB read and written at least", lambda cost: cost.memory / 1e9),
         ("ms", lambda cost: 1e3 * cost.seconds),
     )
     for axes, (label, value) in zip(figure.subplots(1, 3), panels, strict=True):

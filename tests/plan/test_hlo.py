@@ -119,6 +119,40 @@ def test_tpu_programs_are_read_as_the_compiler_writes_them():
     }
 
 
+def moved(function, *shapes):
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.memory_traffic(jax.jit(function).lower(*arrays).compile().as_text())
+
+
+def test_memory_traffic_is_each_array_once():
+    m, k, n = 64, 128, 32
+    product = moved(jnp.matmul, (m, k), (k, n))
+    assert product == 4 * (m * k + k * n + m * n)
+    # What is multiplied is written first, and then read.
+    between = moved(lambda a, b: jnp.sin(a) @ b, (m, k), (k, n))
+    assert between == product + 4 * 2 * m * k
+
+
+ON_CHIP = """\
+ENTRY %main (x: bf16[8,128], w: f32[128,256]) -> (bf16[8,256], f32[4]) {
+  %x = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %w = f32[128,256]{1,0:T(8,128)S(1)} parameter(1)
+  %s = (bf16[8,128]{1,0:T(8,128)S(1)}, bf16[8,128]{1,0:T(8,128)}, u32[]{:S(2)}) copy-start(%x)
+  %c = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy-done(%s)
+  %f = (bf16[8,256]{1,0:T(8,128)S(1)}, bf16[8,256]{1,0}) fusion(%c, %w), kind=kOutput, calls=%f.1
+  %g = bf16[8,256]{1,0} get-tuple-element(%f), index=1
+  %r = f32[4]{0:T(128)} fusion(%f), kind=kLoop, calls=%f.2
+  %d = f32[4]{0:T(128)} fusion(%r), kind=kLoop, calls=%f.3
+  ROOT %t = (bf16[8,256]{1,0}, f32[4]{0:T(128)}) tuple(%g, %d)
+}
+"""
+
+
+def test_what_stays_on_the_chip_is_no_memory_traffic():
+    # The argument x; the results; and r, which is written and read.
+    assert hlo.memory_traffic(ON_CHIP) == 8 * 128 * 2 + (8 * 256 * 2 + 4 * 4) + 2 * 4 * 4
+
+
 def test_a_bfloat16_step_lowered_for_cuda_has_no_large_float32_products_and_no_host():
     """Only the embedding of the (B,) times is float32; nothing goes to the host and back."""
     config = tiny_config()
