@@ -254,6 +254,8 @@ def test_what_a_model_cannot_do_is_refused():
     with pytest.raises(InputError, match="needs auxiliary head 0"):
         jax.jit(lambda w: draw(headless, scale=w))(1.0)
     assert draw(headless, scale=1.0).shape == (3, 8, 8, 4)
+    with pytest.raises(InputError, match="sampler is 'reuse': expected a model with an auxiliary"):
+        ig_jax.sample(headless, [1], sampler="reuse")
     unconditional = model_with(classes=0)
     with pytest.raises(InputError, match="null label ∅: this model is unconditional"):
         ig_jax.sample(unconditional, [0], guidance=ig_jax.Guidance(cfg_scale=2.0), **STEPS)

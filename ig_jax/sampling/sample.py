@@ -188,8 +188,8 @@ def sample(
     Raises:
         InputError: an argument of another kind, such as `guidance=1.5`; a label out of range or
             labels that are not (B,) integers; an unknown sampler or path; no steps; an IG scale
-            other than 1 for a model without an auxiliary head; CFG for an unconditional model; a
-            scale that is not finite.
+            other than 1, or the sampler `reuse`, for a model without an auxiliary head; CFG for an
+            unconditional model; a scale that is not finite.
     """
     guidance = Guidance() if guidance is None else guidance
     check_kinds(model, guidance, decoder)
