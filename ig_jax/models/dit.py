@@ -160,7 +160,7 @@ class DiT(Trunk):
     ):
         super().__init__(spec, dtype=dtype, scan_blocks=scan_blocks, remat=remat)
         patch = spec.patch_size**2
-        self.patch_embed = nnx.Linear(
+        self.patch_embed = layers.Linear(
             patch * spec.channels, spec.width, kernel_init=layers.xavier, dtype=dtype, rngs=rngs
         )
         convolution = (spec.patch_size, spec.patch_size, spec.channels, spec.width)

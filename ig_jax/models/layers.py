@@ -15,10 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 # XLA's attention replaces cuDNN's where it takes less than this share of its time: a tie is none,
 # so that a run which continues rarely gets another program.
 _CLEARLY_FASTER = 0.95
+
+# What attention's output is called in policies of what to save for the backward pass.
+ATTENDED = "attended"
 
 log = logging.getLogger("ig_jax")
 
@@ -52,6 +56,18 @@ class RMSNorm(nnx.Module):
 
 def make_norm(kind: str, width: int) -> LayerNorm | RMSNorm:
     return RMSNorm(width) if kind == "rms" else LayerNorm()
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear` as one product of two matrices, whatever axes precede the features.
+
+    Of (B, N, D) inputs the weight's gradient would sum over two axes, for which XLA on CPU first
+    copies both operands transposed.
+    """
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        return super().__call__(rows).reshape(*inputs.shape[:-1], -1)
 
 
 def modulate(h: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:
@@ -194,7 +210,7 @@ class Attention(nnx.Module):
     """Multi-head self-attention with optional RMS q/k norm and rotary embedding."""
 
     def __init__(self, width: int, heads: int, *, qk_norm: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.heads = heads
         self.dtype = dtype
         self.qkv = linear(width, 3 * width)
@@ -204,22 +220,25 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, tables: tuple[np.ndarray, np.ndarray] | None) -> jax.Array:
         batch, tokens, width = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        # Split, not sliced: the derivative of slices is a sum of arrays that are zero elsewhere.
+        q, k, v = (
+            part.reshape(batch, tokens, self.heads, width // self.heads)
+            for part in jnp.split(self.qkv(x), 3, axis=-1)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if tables is not None:
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (h.astype(self.dtype) for h in (q, k, v))
         out = ATTENTIONS[choose_attention(q.shape, self.dtype)](q, k, v)
-        return self.out(out.reshape(batch, tokens, width))
+        return self.out(checkpoint_name(out.reshape(batch, tokens, width), ATTENDED))
 
 
 class GeluMlp(nnx.Module):
     """Linear → GELU (tanh) → Linear, hidden width 4·D."""
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.fc1 = linear(width, 4 * width)
         self.fc2 = linear(4 * width, width)
 
@@ -232,7 +251,7 @@ class SwiGlu(nnx.Module):
 
     def __init__(self, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         hidden = int(2 / 3 * int(4 * width))
-        linear = functools.partial(nnx.Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
+        linear = functools.partial(Linear, kernel_init=xavier, dtype=dtype, rngs=rngs)
         self.w12 = linear(width, 2 * hidden)
         self.w3 = linear(hidden, width)
 
@@ -290,7 +309,7 @@ class Head(nnx.Module):
         init = zeros if zero else xavier
         self.norm = make_norm(norm, width)
         self.modulation = nnx.Linear(width, 2 * width, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.linear = nnx.Linear(width, out, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.linear = Linear(width, out, kernel_init=init, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift, scale = jnp.split(self.modulation(nnx.silu(c)).astype(jnp.float32), 2, axis=-1)

@@ -19,7 +19,10 @@ from ig_jax.models.network import Spec, declare
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(layers.ATTENDED),
+    ),
 }
 
 # gather(stack, layer): makes whole what is stored in pieces of one block of the named stack.
