@@ -42,6 +42,15 @@ TRAININGS = (
     },
     {"name": "muon", "optimizer.name": "muon"},
     {"name": "plain_muon", "optimizer.name": "muon", "model.auxiliary_depth": 0},
+    *(
+        {
+            "name": f"head_on_{data}",
+            "train.init_from": "plain",
+            "optimizer.trainable": "auxiliary_head",
+            "data.name": name,
+        }
+        for data, name in (("digits", "digits"), ("own_samples", "samples"))
+    ),
     {
         "name": "small",
         "model.auxiliary_depth": 0,
@@ -350,6 +359,23 @@ _REUSE = {
     ),
 }
 
+_SINCE_SSG = "arXiv 2607.29122: own samples are better than real ones"
+_OWN = {
+    "name": "own",
+    "asks": "Of a trained network's head alone: learn from real digits, or from its own samples?",
+    "arms": (
+        {"name": "no head", "train": "plain"},
+        {"name": "trained together, best w", "tune": TUNED_W},
+        {"name": "on real digits, best w", "train": "head_on_digits", "tune": TUNED_W},
+        {"name": "on own samples, best w", "train": "head_on_own_samples", "tune": TUNED_W},
+    ),
+    "expect": (
+        _expect("on own samples, best w", "on real digits, best w", 0.0, _SINCE_SSG),
+        _expect("on real digits, best w", "no head", 0.1, "a head needs no part in the training"),
+        _expect("trained together, best w", "on real digits, best w", 0.0, "IG paper: it helps"),
+    ),
+}
+
 _RECIPE = {
     "name": "recipe",
     "asks": "RAEv2's recipe: data predicted, errors as velocity, lognormal times, λ = 1?",
@@ -384,6 +410,7 @@ QUESTIONS = (
     _RULES,
     _LAMBDA,
     _HEADS,
+    _OWN,
     _RECIPE,
     _LABELS,
 )
@@ -414,7 +441,8 @@ def get_config():
         checkpoint_every=125,
         max_to_keep=4,
     )
-    config.sampler.update(name="ab2", num_steps=10, num_samples=100, batch_size=256)
+    # As many own samples as there are digits, 180 of them to validate with.
+    config.sampler.update(name="ab2", num_steps=10, num_samples=1797, batch_size=256)
     config.sampler.labels = "balanced"
     config.evaluation.num_samples = 768
     config.ablation.update(

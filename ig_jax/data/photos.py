@@ -25,7 +25,7 @@ PHOTOS = {
 }
 CROPS = 4096
 # Side of a crop as a share of the photograph's shorter side.
-_SHARES = (0.5, 0.8)
+_SHARES = (0.7, 1.0)
 
 
 def _photo(name: str) -> Image.Image:
@@ -58,7 +58,7 @@ def load(size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: scikit-image is not installed.
     """
-    # No larger than the smallest crop needs.
+    # Twice a crop's side, so that even the smallest crop is made smaller.
     photos = [_shrunk(_photo(name), 2 * size) for name, _ in PHOTOS.values()]
     generator = numpy_stream(0, "photographs")
     labels = np.arange(CROPS, dtype=np.int32) % len(photos)

@@ -23,6 +23,7 @@ from ig_jax.evaluation import answers, report
 from ig_jax.evaluation.metrics import METRICS
 from ig_jax.evaluation.questions import (
     MAIN,
+    START,
     Arm,
     Changes,
     Question,
@@ -44,6 +45,7 @@ from ig_jax.sampling.run import make_engine, open_weights
 from ig_jax.storage import files
 from ig_jax.storage.checkpoints import FOLDER, find_step, saved_config
 from ig_jax.training import run as training
+from ig_jax.training.setup import Programs
 
 # What a result's record calls the forward passes per sample.
 COST = "forward_passes"
@@ -104,6 +106,7 @@ class Laboratory:
         self._source = self._experiment.open_data()
         self._models: dict[tuple[str, int], tuple[Experiment, Weights]] = {}
         self._engines: dict[str, Engine] = {}
+        self._programs: dict[str, Programs] = {}  # of all seeds of a training
 
     def config(self, arm: Arm, changes: Changes, seed: int) -> ConfigDict:
         """The config of an arm's network of a seed, sampled with some changes."""
@@ -113,6 +116,10 @@ class Laboratory:
             for path, value in {**self._trainings[arm.train], **changes}.items():
                 section, name = path.split(".")
                 config[section][name] = value
+        if start := self._trainings[arm.train].get(START):
+            config.train.init_from = self._workdir(start, seed)
+        if config.data.name == "samples":  # its own, drawn before it is trained
+            config.data.path = str(resolve(self._workdir(arm.train, seed)) / "own")
         if arm.weak:
             config.guidance.weak = self._workdir(arm.weak, seed)
         return config
@@ -125,6 +132,8 @@ class Laboratory:
 
         Raises `InputError` for a workdir that holds another training.
         """
+        if start := self._trainings[name].get(START):
+            self.train(start, seed)
         workdir, config = self._workdir(name, seed), self.config(Arm(name, name), {}, seed)
         there = (resolve(workdir) / FOLDER).exists() and find_step(workdir)
         if there and there > config.train.num_steps:
@@ -134,7 +143,8 @@ class Laboratory:
             )
         same = there and not config_lib.differences(config, saved_config(workdir))
         if not hosts.primary_says(bool(same and there == config.train.num_steps)):
-            training.train(config, workdir)
+            trained = training.train(config, workdir, programs=self._programs.get(name))
+            self._programs[name] = trained.programs
         return workdir
 
     def _model(self, name: str, seed: int) -> tuple[Experiment, Weights]:
@@ -170,17 +180,19 @@ class Laboratory:
         return found
 
     def _facts(self, arm: Arm, changes: Changes, seed: int) -> dict[str, Any]:
-        """What an arm's samples depend on, in plain values."""
+        """What an arm's samples depend on, in plain values: not where that lies."""
         values = config_lib.to_json(self.config(arm, changes, seed))
-        return {k: v for k, v in values.items() if k not in ("ablation", "sweep", "mesh")}
+        values["data"]["path"] = values["train"]["init_from"] = values["guidance"]["weak"] = ""
+        facts = {k: v for k, v in values.items() if k not in ("ablation", "sweep", "mesh")}
+        others = {"weak": arm.weak, "start": self._trainings[arm.train].get(START)}
+        named = {k: self._facts(Arm(name, name), {}, seed) for k, name in others.items() if name}
+        return facts | named
 
     def result(self, arm: Arm, changes: Changes, seed: int) -> Result:
         """The scores of an arm's samples of a seed: drawn now, or read if they were before."""
         scorer = self._evaluator.scorer
-        weak = arm.weak and Arm(arm.weak, arm.weak)
         facts = [
-            self._facts(dataclasses.replace(arm, weak=""), changes, seed),
-            weak and self._facts(weak, {}, seed),
+            self._facts(arm, changes, seed),
             sorted(self.metrics),
             scorer.extractor.fingerprint,
             scorer.reference.metadata["hash"],

@@ -21,6 +21,8 @@ from ig_jax.evaluation.metrics import METRICS
 MAIN = "main"
 # Sections whose fields make another network, and those that only sample one differently.
 _TRAINED, _SAMPLED = ("model", "data", "loss", "optimizer", "train"), ("guidance", "sampler")
+# The field by which a training starts with the network of another one, named before it.
+START = "train.init_from"
 
 Changes = Mapping[str, Any]
 
@@ -103,7 +105,10 @@ def _build(kind: type, values: Mapping[str, Any], where: str) -> Any:
 
 
 def trainings(config: ConfigDict) -> dict[str, Changes]:
-    """Name → changes of the config that it is trained with; raises `InputError`."""
+    """Name → changes of the config that it is trained with; raises `InputError`.
+
+    One that starts with another's network names that training in `train.init_from`.
+    """
     found: dict[str, Changes] = {MAIN: {}}
     for i, row in enumerate(config.ablation.trainings):
         changes = dict(row)
@@ -112,6 +117,8 @@ def trainings(config: ConfigDict) -> dict[str, Changes]:
         if not re.fullmatch(r"\w[\w.-]*", str(name)) or name in found:
             raise InputError(f"{where} has the name {name!r}: expected a new one of letters")
         _check_paths(where, changes, _TRAINED)
+        if START in changes:
+            check_choice(f"{where}: {START}", changes[START], found)
         found[name] = changes
     return found
 

@@ -26,7 +26,7 @@ from ig_jax.training import setup as setup_lib
 from ig_jax.training.callbacks import Callback, Moment, Report, is_due
 from ig_jax.training.logs import Logs, import_ahead, open_logs
 from ig_jax.training.metrics import StepClock
-from ig_jax.training.setup import Setup, open_batches
+from ig_jax.training.setup import Programs, Setup, open_batches
 from ig_jax.training.state import TrainState
 
 log = logging.getLogger("ig_jax")
@@ -45,11 +45,13 @@ class Trained:
         step: the last one.
         ema: its EMA weights on the mesh.
         said: what callbacks say of what they did at the end.
+        programs: what ran.
     """
 
     step: int
     ema: Params
     said: tuple[str, ...]
+    programs: Programs
 
 
 def train(setup: Setup, callbacks: Sequence[Callback] = ()) -> Trained:
@@ -74,7 +76,7 @@ def train(setup: Setup, callbacks: Sequence[Callback] = ()) -> Trained:
             )
         del state  # the rest of it is not needed any more, and large
         said = [callback.on_end(step, ema, logs) for callback in callbacks]
-    return Trained(step, ema, tuple(filter(None, said)))
+    return Trained(step, ema, tuple(filter(None, said)), setup.programs)
 
 
 def _run(

@@ -14,7 +14,7 @@ from ig_jax.sampling.run import check_weaker, make_engine
 from ig_jax.training import loop
 from ig_jax.training.callbacks import Callback, Profile
 from ig_jax.training.grids import SampleGrid, ScaleGrid
-from ig_jax.training.setup import Setup
+from ig_jax.training.setup import Programs, Setup
 from ig_jax.training.validation import Validation
 
 # What evaluates during training and at its end, if the config says so; it lives above this floor.
@@ -39,7 +39,12 @@ def callbacks(setup: Setup, evaluations: Evaluations | None = None) -> list[Call
     return found
 
 
-def train(config: ConfigDict, workdir: str, evaluations: Evaluations | None = None) -> loop.Trained:
+def train(
+    config: ConfigDict,
+    workdir: str,
+    evaluations: Evaluations | None = None,
+    programs: Programs | None = None,
+) -> loop.Trained:
     """Trains the experiment that a config describes.
 
     Args:
@@ -47,6 +52,7 @@ def train(config: ConfigDict, workdir: str, evaluations: Evaluations | None = No
         workdir: where checkpoints, logs and pictures go; local or `gs://`. A run that was stopped
             there continues.
         evaluations: makes the callbacks for `config.evaluation`, of which there are none without.
+        programs: those of a run that differs in its seed and folders alone, compiled already.
 
     Raises:
         InputError: a config, data set or workdir that does not fit, before anything is written
@@ -55,7 +61,7 @@ def train(config: ConfigDict, workdir: str, evaluations: Evaluations | None = No
         Stopped: after SIGTERM or SIGINT, once a checkpoint is saved.
     """
     own.draw_once(config)
-    setup = Setup.from_config(config, workdir)
+    setup = Setup.from_config(config, workdir, programs)
     return loop.train(setup, callbacks(setup, evaluations))
 
 

@@ -148,8 +148,13 @@ class Setup:
     changes: tuple[str, ...] = ()
 
     @classmethod
-    def from_config(cls, config: ConfigDict, workdir: epath.PathLike) -> Setup:
-        """Checks everything that can be checked before anything is written; raises `InputError`."""
+    def from_config(
+        cls, config: ConfigDict, workdir: epath.PathLike, programs: Programs | None = None
+    ) -> Setup:
+        """Checks everything that can be checked before anything is written; raises `InputError`.
+
+        Programs, if given, are those of a run that differs in its seed and folders alone.
+        """
         config_lib.check_training(config)
         logs.check(config)
         experiment = Experiment.from_config(config)
@@ -157,7 +162,8 @@ class Setup:
         workdir = resolve(workdir)
         changes = _check_workdir(experiment, workdir)
         open_batches(config, source, experiment.mesh).close()  # that they can be read
-        return cls(experiment, source, make_programs(experiment, source), workdir, changes)
+        programs = programs or make_programs(experiment, source)
+        return cls(experiment, source, programs, workdir, changes)
 
     @property
     def config(self) -> ConfigDict:

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +19,7 @@ from ig_jax.evaluation.questions import (
     questions,
     trainings,
 )
+from ig_jax.training import setup
 from tests.evaluation.test_toy2d import small_config
 from tests.test_configs import CONFIGS, load
 
@@ -129,6 +131,7 @@ def test_wrong_trainings_and_metrics_are_refused(tmp_path):
         ({"name": "main"}, "has the name 'main': expected a new one"),
         ({"name": "../x"}, "has the name '../x'"),
         ({"name": "a", "guidance.ig_scale": 1.0}, "'guidance.ig_scale': expected fields of model"),
+        ({"name": "a", "train.init_from": "a"}, "init_from is 'a': expected one of main"),
     ):
         config.ablation.trainings = (row,)
         with pytest.raises(InputError, match=message):
@@ -169,7 +172,17 @@ def asked():
     config.ablation.update(
         seeds=2,
         metrics=("fid", "outlier_rate"),
-        trainings=({"name": "small", "model.width": 8, "model.auxiliary_depth": 0},),
+        trainings=(
+            {"name": "small", "model.width": 8, "model.auxiliary_depth": 0},
+            {
+                "name": "own",
+                "model.width": 8,
+                "train.init_from": "small",
+                "optimizer.trainable": "auxiliary_head",
+                "data.name": "samples",
+                "data.num_validation": 8,
+            },
+        ),
         questions=(
             {
                 "name": "methods",
@@ -196,7 +209,12 @@ def asked():
             {
                 "name": "plain",
                 "asks": "And without | a head?",
-                "arms": ({"name": "small", "train": "small"}, {"name": "none"}),
+                "arms": (
+                    {"name": "small", "train": "small"},
+                    {"name": "none"},
+                    {"name": "own head", "train": "own"},
+                    {"name": "own head, w = 2", "train": "own", "guidance.ig_scale": 2.0},
+                ),
             },
         ),
     )
@@ -223,6 +241,10 @@ def test_the_report_has_a_table_a_question(finished):
     assert found["methods"]["none"] == found["plain"]["none"]
     assert set(found["methods"]["IG"]["chosen"][0]) == {"guidance.ig_scale"}
     assert len({tuple(arm["metrics"]["fid"]) for arm in found["methods"].values()}) == 6
+    # A head of its own changes nothing before it guides, and each seed's drew its own samples.
+    same, guided = (found["plain"][f"own head{w}"]["metrics"] for w in ("", ", w = 2"))
+    assert same == found["plain"]["small"]["metrics"] != guided
+    assert {len(list((workdir / "trained" / f"own-{i}" / "own").iterdir())) for i in (0, 1)} == {2}
     for name in ("ablation.png", "pareto.png"):
         assert min(np.asarray(Image.open(workdir / name)).shape[:2]) > 100
         assert (workdir / name).stat().st_size < 300_000
@@ -244,6 +266,15 @@ def test_what_is_done_is_not_done_again(asked, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "make_engine", lambda *_: pytest.fail("drawn again"))
     assert ablate.run(asked, str(workdir)) == line
     assert (workdir / "ablation.json").read_text() == before
+
+
+def test_seeds_share_the_programs_of_a_training(asked, tmp_path, monkeypatch):
+    laboratory = ablate.Laboratory(asked, str(tmp_path))
+    laboratory.train("small", 0)
+    monkeypatch.setattr(setup, "make_programs", lambda *_: pytest.fail("made again"))
+    laboratory.train("small", 1)
+    first, second = (laboratory._model("small", seed)[1].params for seed in (0, 1))
+    assert not np.array_equal(*(jax.tree.leaves(params)[0] for params in (first, second)))
 
 
 def test_a_stopped_run_goes_on_with_what_is_missing(asked, finished, tmp_path, monkeypatch):
