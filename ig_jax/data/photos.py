@@ -58,8 +58,8 @@ def load(size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: scikit-image is not installed.
     """
-    # Twice a crop's side, so that even the smallest crop is made smaller.
-    photos = [_shrunk(_photo(name), 2 * size) for name, _ in PHOTOS.values()]
+    # Large enough that even crops of nearly a whole photograph begin at different pixels.
+    photos = [_shrunk(_photo(name), 4 * size) for name, _ in PHOTOS.values()]
     generator = numpy_stream(0, "photographs")
     labels = np.arange(CROPS, dtype=np.int32) % len(photos)
     crops = np.empty((CROPS, size, size, 3), np.uint8)
