@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Callable
 
@@ -66,8 +67,9 @@ class Linear(nnx.Linear):
     """
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        return super().__call__(rows).reshape(*inputs.shape[:-1], -1)
+        *batch, features = inputs.shape
+        out = super().__call__(inputs.reshape(math.prod(batch), features))
+        return out.reshape(*batch, out.shape[-1])
 
 
 def modulate(h: jax.Array, shift: jax.Array | None, scale: jax.Array) -> jax.Array:

@@ -1,14 +1,36 @@
-"""Which attention runs: decided by device, dtype and shape, and on GPUs by a race."""
+"""Products of tokens; and which attention runs, by device, dtype, shape and, on GPUs, a race."""
 
 import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from flax import nnx
 
 from ig_jax.models import layers
 
 SHAPE = (16, 4, 2, 8)
+
+
+@pytest.mark.parametrize("batch", [(3, 5), (0, 5), (2, 3, 4), (6,)])
+def test_a_linear_layer_is_one_product_of_matrices(batch):
+    """The numbers of `nnx.Linear`, but its weight's gradient sums over a single axis."""
+    layer, plain = (kind(8, 4, rngs=nnx.Rngs(0)) for kind in (layers.Linear, nnx.Linear))
+    x = jax.random.normal(jax.random.key(0), (*batch, 8))
+
+    def total(kernel, layer):
+        layer.kernel[...] = kernel
+        return jnp.square(layer(x)).sum()
+
+    def gradient(layer):
+        return jax.grad(lambda kernel: total(kernel, nnx.clone(layer)))(layer.kernel[...])
+
+    assert layer(x).shape == (*batch, 4)
+    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-6)
+    np.testing.assert_allclose(gradient(layer), gradient(plain), rtol=1e-5, atol=1e-5)
+    text = jax.jit(lambda: gradient(layer)).lower().as_text()
+    assert "contracting_dims = [0] x [0]" in text and "[0, 1] x [0, 1]" not in text
 
 
 @pytest.fixture
