@@ -105,7 +105,7 @@ def rotary_tables(grid: int, head_width: int) -> tuple[np.ndarray, np.ndarray]:
 def rotate(x: jax.Array, tables: tuple[np.ndarray, np.ndarray]) -> jax.Array:
     """Rotates interleaved channel pairs `(a, b) → (−b, a)` of (B, N, heads, d) in float32."""
     cos, sin = (table[None, :, None] for table in tables)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
+    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // 2, 2)
     turned = jnp.stack([-pairs[..., 1], pairs[..., 0]], axis=-1).reshape(x.shape)
     return x.astype(jnp.float32) * cos + turned * sin
 
@@ -333,8 +333,9 @@ class TimeEmbedding(nnx.Module):
 def patchify(x: jax.Array, patch: int) -> jax.Array:
     """(B, H, W, C) → (B, H/p·W/p, p·p·C): raster order, (p_row, p_col, channel) inside."""
     batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+    rows, columns = height // patch, width // patch
+    x = x.reshape(batch, rows, patch, columns, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * columns, patch * patch * channels)
 
 
 def unpatchify(tokens: jax.Array, patch: int) -> jax.Array:

@@ -50,6 +50,13 @@ def test_forward_equals_the_release(variant):
     assert prediction.variance is None
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_inputs_are_no_outputs(variant):
+    x, t, y = inputs(variant)
+    heads = nnx.eval_shape(load(variant), x[:0], t[:0], y[:0])
+    assert heads.final.shape == heads.auxiliary[0].shape == (0, *x.shape[1:])
+
+
 @pytest.fixture(scope="module")
 def reference():
     """Outputs, gradients and program text of the scanned network without rematerialisation."""
