@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,9 +67,9 @@ class Linear(nnx.Linear):
     copies both operands transposed.
     """
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         *batch, features = inputs.shape
-        out = super().__call__(inputs.reshape(math.prod(batch), features))
+        out = super().__call__(inputs.reshape(math.prod(batch), features), out_sharding)
         return out.reshape(*batch, out.shape[-1])
 
 
