@@ -59,7 +59,7 @@ def load(size: int = 32) -> tuple[np.ndarray, np.ndarray]:
         InputError: scikit-image is not installed.
     """
     # Large enough that even crops of nearly a whole photograph begin at different pixels.
-    photos = [_shrunk(_photo(name), 4 * size) for name, _ in PHOTOS.values()]
+    photos = [_shrunk(_photo(name), 5 * size) for name, _ in PHOTOS.values()]
     generator = numpy_stream(0, "photographs")
     labels = np.arange(CROPS, dtype=np.int32) % len(photos)
     crops = np.empty((CROPS, size, size, 3), np.uint8)
