@@ -17,6 +17,7 @@ from ig_jax.paths import resolve
 # Names of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 _EMITTERS = "xla_cpu_use_fusion_emitters"
+_EFFORT = "xla_backend_optimization_level"
 # What takes less long to compile costs as much to look for.
 _WORTH_KEEPING_S = 0.1
 
@@ -46,17 +47,22 @@ def use_preset(name: str) -> None:
 
 
 def compile_quickly() -> None:
-    """On CPU, has XLA write fused loops in the way that takes less time.
+    """On CPU, has XLA compile in less time what runs as fast and differs in the last bits at most.
 
-    The newer way takes 20 ms for each of the hundreds of loops of a training step, half of what its
-    compilation takes, and they run slower. In jaxlib 0.11 the flag has another name, not tried yet,
-    and XLA ends a process that names one it does not know. Call it before a device is used.
+    LLVM's highest level takes 4 s for a small network's random weights where its first takes 1.2 s,
+    and a training step or a sampler runs no faster. XLA's newer way to write fused loops takes 20
+    ms for each of the hundreds of a training step, half of what its compilation takes, and they run
+    slower; in jaxlib 0.11 that flag has another name, not tried yet, and XLA ends a process that
+    names one it does not know. What is set already stays. Call it before a device is used.
     """
     from jaxlib.version import __version_info__ as version
 
+    if os.environ.get("JAX_PLATFORMS") != "cpu":
+        return
+    wanted = {_EFFORT: "1"} | ({_EMITTERS: "false"} if version < (0, 11) else {})
     flags = os.environ.get("XLA_FLAGS", "")
-    if version < (0, 11) and os.environ.get("JAX_PLATFORMS") == "cpu" and _EMITTERS not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{_EMITTERS}=false".strip()
+    added = [f"--{name}={value}" for name, value in wanted.items() if name not in flags]
+    os.environ["XLA_FLAGS"] = " ".join((flags, *added)).strip()
 
 
 def keep_freed_memory() -> None:

@@ -49,7 +49,7 @@ def test_freed_memory_is_used_again():
     assert faults("keep", JAX_PLATFORMS="cuda") > 100_000
 
 
-def test_xla_is_told_once_how_to_write_loops_where_it_knows_the_flag(monkeypatch):
+def test_xla_is_told_once_how_to_compile_where_it_knows_the_flags(monkeypatch):
     import jaxlib.version
 
     def told(version, flags, platform="cpu"):
@@ -60,10 +60,12 @@ def test_xla_is_told_once_how_to_write_loops_where_it_knows_the_flag(monkeypatch
         startup.compile_quickly()
         return os.environ["XLA_FLAGS"]
 
-    assert told((0, 10, 2), "--a=1") == "--a=1 --xla_cpu_use_fusion_emitters=false"
-    chosen = "--xla_cpu_use_fusion_emitters=true"
+    effort, loops = "--xla_backend_optimization_level=1", "--xla_cpu_use_fusion_emitters=false"
+    assert told((0, 10, 2), "--a=1") == f"--a=1 {effort} {loops}"
+    chosen = "--xla_cpu_use_fusion_emitters=true --xla_backend_optimization_level=3"
     assert told((0, 10, 2), chosen) == chosen
-    assert told((0, 11, 0), "") == told((0, 10, 2), "", platform="cuda") == ""
+    assert told((0, 11, 0), "") == effort
+    assert told((0, 10, 2), "", platform="cuda") == ""
 
 
 @pytest.fixture
@@ -148,8 +150,8 @@ sys.exit(main.main(sys.argv))
 
 @pytest.mark.parametrize("name", startup.PRESETS)
 def test_presets_are_flags_that_xla_knows(name, tmp_path):
-    # With a word on its loops, on CPU nothing is added.
-    own = "--xla_force_host_platform_device_count=1 --xla_cpu_use_fusion_emitters=false"
+    # With a word on both, on CPU nothing is added.
+    own = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": own}
     run = ["--config=digits_ig", f"--workdir={tmp_path / 'w'}", f"--xla_preset={name}"]
     done = subprocess.run(

@@ -279,14 +279,16 @@ def fast(config: ConfigDict) -> ConfigDict:
     )
     config.update_from_flattened_dict(shorter({n: config_lib.at(config, n) for n in _STEPS}))
     config.evaluation.num_samples = samples
+    # A batch that is not full costs as much as a full one.
+    config.sampler.batch_size = min(config.sampler.batch_size, samples)
     return config
 
 
 def run(config: ConfigDict, workdir: str) -> str:
     """`--mode=ablate`: asks every question of `config.ablation`; writes after each what is known.
 
-    `ablation.md`, `ablation.json` and two figures go into the workdir. Raises `InputError`, and
-    what `training.run.train` raises.
+    `ablation.md`, `ablation.json` and, at the end, two figures go into the workdir. Raises
+    `InputError`, and what `training.run.train` raises.
     """
     laboratory = Laboratory(config, workdir)
     found: list[answers.Answer] = []
@@ -295,6 +297,8 @@ def run(config: ConfigDict, workdir: str) -> str:
         if is_primary():
             answers.print_answer(found[-1])
             answers.save(workdir, found, config)
+    if is_primary():
+        answers.draw(workdir, found)
     verdicts = [verdict.word for answer in found for verdict in answer.verdicts]
     said = ", ".join(f"{verdicts.count(w)} {w}" for w in ("held", "not held", "undecided"))
     where = f"tables and figures: {workdir}/ablation.md"

@@ -111,7 +111,7 @@ def print_answer(answer: Answer) -> None:
 
 
 def save(workdir: epath.PathLike, answers: Sequence[Answer], config: ConfigDict) -> None:
-    """Writes `ablation.md`, `ablation.json`, `ablation.png` and `pareto.png`."""
+    """Writes `ablation.md` and `ablation.json`."""
     folder = resolve(workdir)
     values = {
         answer.question.name: {
@@ -126,6 +126,11 @@ def save(workdir: epath.PathLike, answers: Sequence[Answer], config: ConfigDict)
     }
     (folder / "ablation.json").write_text(json.dumps(values, indent=1) + "\n")
     (folder / "ablation.md").write_text(markdown(answers, config))
+
+
+def draw(workdir: epath.PathLike, answers: Sequence[Answer]) -> None:
+    """Draws `ablation.png` and, if an arm is of a family, `pareto.png`, which takes seconds."""
+    folder = resolve(workdir)
     pictures.save_figure(folder / "ablation.png", plot(answers), colours=64)
     if any(arm.family for answer in answers for arm in answer.question.arms):
         pictures.save_figure(folder / "pareto.png", plot_cost(answers), colours=256)

@@ -138,6 +138,7 @@ def plot(found: list[Cost], about: str) -> Any:
         level = np.exp(np.mean(np.log([value(cost) / cost.formula for cost in found])))
         axes.plot(ends / 1e9, level * ends, ":", color=pictures.INK, label="as the formula grows")
         axes.set(xscale="log", yscale="log", xlabel="GFLOP by the formula", ylabel=label)
+        axes.margins(0.12)
         axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
