@@ -84,7 +84,7 @@ def latents(pictures, autoencoder, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("family", ["sit", "lightningdit"])
+@pytest.mark.parametrize("family", ["sit", pytest.param("lightningdit", marks=pytest.mark.slow)])
 def test_pictures_to_pictures(family, pictures, autoencoder, latents, tmp_path):
     config = make_config(family, pictures, autoencoder, latents)
     training.train(config, str(tmp_path))

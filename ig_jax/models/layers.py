@@ -148,7 +148,8 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     weighted = functools.partial(jnp.einsum, "bnm,bmd->bnd")
     if v.dtype == jnp.float32:
         # Divided by their sum only after the product, weights stay in a core's cache: two thirds
-        # of the time on CPU. In 16 bits that would make gradients less precise.
+        # of the time on CPU, though the backward pass computes that product again. In 16 bits
+        # gradients would be less precise.
         weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
         out = weighted(weights, v) / weights.sum(axis=-1, keepdims=True)
     else:

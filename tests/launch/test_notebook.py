@@ -131,6 +131,7 @@ def execute(notebook, folder, timeout=300, **environment):
     client.execute(env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_digits_in_a_kernel(notebook, tmp_path):
     execute(notebook, tmp_path, TMPDIR=str(tmp_path), IG_JAX_NOTEBOOK_STEPS="3")
     cells = code(notebook)

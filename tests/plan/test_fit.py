@@ -157,6 +157,7 @@ def test_topologies_have_memory_and_slices():
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_topology_decides_on_precision_and_attention(monkeypatch):
     """bfloat16 for a TPU, and never the host's own attention kernel."""
     config = meshes.wide_config()

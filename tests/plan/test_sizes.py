@@ -10,6 +10,7 @@ from ig_jax.plan import sizes
 from tests.common import tiny_config
 
 
+@pytest.mark.slow
 def test_costs_grow_as_the_formula_says(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sizes, "NAMES", ("s", "b"))
     monkeypatch.setattr(sizes, "ROUNDS", 1)

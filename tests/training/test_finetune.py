@@ -81,6 +81,7 @@ def on_own_samples(headless, folder, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_head_learns_from_own_samples_or_from_real_data(headless, tmp_path, monkeypatch):
     """SSG (arXiv 2607.29122): the network stays; each of two heads knows its own kind better."""
     own_config = on_own_samples(headless, tmp_path / "drawn")

@@ -55,6 +55,7 @@ def test_its_network_is_what_it_was(workdir, which):
     np.testing.assert_allclose(np.reshape(heads.auxiliary, (8, 8))[3, :4], auxiliary, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_samples_and_resumes_without_the_fields_that_came_later(workdir):
     def forget(values):
         for field in LATER:
