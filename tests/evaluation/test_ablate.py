@@ -150,6 +150,7 @@ def test_the_digits_questions_fit_their_networks(tmp_path):
     assert set(used) <= trainings(config).keys() and used.count("main") > len(used) / 3
     short = ablate.fast(config)
     assert short.train.num_steps == config.ablation.fast[1]
+    assert short.sampler.batch_size == short.evaluation.num_samples < config.sampler.batch_size
     config_lib.validate(short)
     steps = {str(short.train.checkpoint_every * i) for i in (1, 2, 3)}
     older = {
