@@ -120,48 +120,101 @@ def time_frequencies(t: jax.Array, count: int = 256, scale: float = 10000.0) -> 
 
 
 @jax.custom_jvp
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """Products of (B, N, d) queries and keys, (B, N, N) float32; derivatives in the inputs' dtype.
+def _products(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Of (B, N, d) queries and keys, (B, N, N) float32; derivatives in the inputs' dtype.
 
     Left to JAX, those of 16-bit inputs would be products of float32 matrices.
     """
     return jnp.einsum("bnd,bmd->bnm", q, k, preferred_element_type=jnp.float32)
 
 
-@_scores.defjvp
-def _scores_jvp(
+@_products.defjvp
+def _products_jvp(
     primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (q, k), (dq, dk) = primals, tangents
     change = jnp.einsum("bnd,bmd->bnm", dq, k) + jnp.einsum("bnd,bmd->bnm", q, dk)
-    return _scores(q, k), change.astype(jnp.float32)
+    return _products(q, k), change.astype(jnp.float32)
 
 
-# Recomputed in the backward pass: the (tokens, tokens) weights cost less to make again than to keep
-# in memory and read. Heads are folded into the batch first, so that all products are contiguous.
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    scores: jax.Array = _products(q, k) / np.sqrt(q.shape[-1]).astype(np.float32)
+    return scores
+
+
+def _weighted(weights: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.einsum("bnm,bmd->bnd", weights, v)
+
+
+def _fold(x: jax.Array) -> jax.Array:
+    """(B, N, heads, d) → (B·heads, N, d), of which products are contiguous."""
+    batch, tokens, heads, width = x.shape
+    return x.swapaxes(1, 2).reshape(batch * heads, tokens, width)
+
+
+def _unfold(x: jax.Array, heads: int) -> jax.Array:
+    return x.reshape(-1, heads, *x.shape[1:]).swapaxes(1, 2)
+
+
+def _attended(x: jax.Array) -> jax.Array:
+    named: jax.Array = checkpoint_name(x, ATTENDED)
+    return named
+
+
+def _undivided(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What attention divides, (B·heads, N, d), and by what, (B·heads, N, 1), in float32."""
+    scores = _scores(_fold(q), _fold(k))
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    return _weighted(weights, _fold(v)), weights.sum(axis=-1, keepdims=True)
+
+
+def _divided(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    products, sums = _undivided(q, k, v)
+    return _attended(_unfold(products / sums, q.shape[2]))
+
+
+_attend_32_bits = jax.custom_jvp(_divided)
+
+
+@_attend_32_bits.defjvp
+def _attend_32_bits_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Takes the output, which is kept; left to JAX, it would take the products, made once more."""
+
+    @jax.checkpoint
+    def change(out: jax.Array, *tangents: jax.Array) -> jax.Array:
+        (_, sums), (d_products, d_sums) = jax.jvp(_undivided, primals, tangents)
+        return _unfold((d_products - _fold(out) * d_sums) / sums, out.shape[2])
+
+    out = _divided(*primals)
+    return out, change(out, *tangents)
+
+
 @jax.checkpoint
+def _attend_16_bits(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    weights = jax.nn.softmax(_scores(_fold(q), _fold(k))).astype(v.dtype)
+    return _unfold(_weighted(weights, _fold(v)), v.shape[2])
+
+
+# The backward pass computes the (tokens, tokens) weights anew: that costs less than to keep them in
+# memory and read them.
 def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax attention of (B, N, heads, d) queries, keys and values; weights are float32."""
-    batch, tokens, heads, width = q.shape
-    q, k, v = (a.swapaxes(1, 2).reshape(batch * heads, tokens, width) for a in (q, k, v))
-    scores = _scores(q, k) / np.sqrt(width).astype(np.float32)
-    weighted = functools.partial(jnp.einsum, "bnm,bmd->bnd")
     if v.dtype == jnp.float32:
         # Divided by their sum only after the product, weights stay in a core's cache: two thirds
-        # of the time on CPU, though the backward pass computes that product again. In 16 bits
-        # gradients would be less precise.
-        weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
-        out = weighted(weights, v) / weights.sum(axis=-1, keepdims=True)
-    else:
-        out = weighted(jax.nn.softmax(scores).astype(v.dtype), v)
-    return out.reshape(batch, heads, tokens, width).swapaxes(1, 2)
+        # of the time on CPU. In 16 bits gradients would be less precise.
+        out: jax.Array = _attend_32_bits(q, k, v)
+        return out
+    return _attended(_attend_16_bits(q, k, v))
 
 
-# Each takes and returns (B, N, heads, d).
-ATTENTIONS: dict[str, Callable[..., jax.Array]] = {
-    "xla": attend,
-    "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-}
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    return _attended(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))
+
+
+# Each takes (B, N, heads, d) and returns it, named `ATTENDED`.
+ATTENTIONS: dict[str, Callable[..., jax.Array]] = {"xla": attend, "cudnn": _cudnn}
 
 
 def choose_attention(shape: tuple[int, ...], dtype: jnp.dtype) -> str:
@@ -242,7 +295,20 @@ class Attention(nnx.Module):
             q, k = rotate(q, tables), rotate(k, tables)
         q, k, v = (h.astype(self.dtype) for h in (q, k, v))
         out = ATTENTIONS[choose_attention(q.shape, self.dtype)](q, k, v)
-        return self.out(checkpoint_name(out.reshape(batch, tokens, width), ATTENDED))
+        return self.out(out.reshape(batch, tokens, width))
+
+
+# Their derivatives are computed from the input: left to JAX, that of GELU alone would keep four
+# more arrays as large as it, and reading those takes longer.
+@jax.checkpoint
+def _gelu(x: jax.Array) -> jax.Array:
+    return nnx.gelu(x, approximate=True)
+
+
+@jax.checkpoint
+def _gated(x: jax.Array) -> jax.Array:
+    a, b = jnp.split(x, 2, axis=-1)
+    return nnx.silu(a) * b
 
 
 class GeluMlp(nnx.Module):
@@ -254,7 +320,7 @@ class GeluMlp(nnx.Module):
         self.fc2 = linear(4 * width, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+        return self.fc2(_gelu(self.fc1(x)))
 
 
 class SwiGlu(nnx.Module):
@@ -267,8 +333,7 @@ class SwiGlu(nnx.Module):
         self.w3 = linear(hidden, width)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        a, b = jnp.split(self.w12(x), 2, axis=-1)
-        return self.w3(nnx.silu(a) * b)
+        return self.w3(_gated(self.w12(x)))
 
 
 class Block(nnx.Module):

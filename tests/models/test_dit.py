@@ -283,3 +283,28 @@ def test_attention_and_its_derivatives_are_jaxs_own(dtype):
     found, expected = both(layers.attend), both(jax.nn.dot_product_attention)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and relative_error(a, b) < limit
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_backward_pass_repeats_one_product_of_attention(dtype):
+    """Queries and keys; what the weights do to the values is kept. Two forward, one again, four
+    derivatives."""
+    batch, tokens, heads, width = shape = (1, 128, 2, 64)
+    one = 2 * batch * heads * tokens**2 * width
+
+    def both(q, k, v, change):
+        out, pull = jax.vjp(layers.attend, q, k, v)
+        return out, pull(change)
+
+    inputs = [jax.ShapeDtypeStruct(shape, dtype)] * 4
+    assert 7 * one < jax.jit(both).lower(*inputs).compile().cost_analysis()["flops"] < 7.5 * one
+
+
+@pytest.mark.parametrize(("mlp", "taken", "given"), [("gelu", 48, 48), ("swiglu", 32, 64)])
+def test_an_mlp_keeps_what_its_products_take_and_what_the_activation_takes(mlp, taken, given):
+    """For the backward pass; nothing of what the activation computes on the way."""
+    kind = {"gelu": layers.GeluMlp, "swiglu": layers.SwiGlu}[mlp]
+    graphdef, weights = nnx.split(kind(12, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    _, pull = jax.vjp(lambda *at: nnx.merge(graphdef, at[0])(at[1]), weights, jnp.ones((2, 5, 12)))
+    kept = sorted(kept.size for kept in jax.tree.leaves(pull))
+    assert kept == sorted([12 * given, taken * 12, 10 * 12, 10 * given, 10 * taken])

@@ -44,10 +44,10 @@ def test_a_compiled_step_has_the_operations_of_the_formula(size, side):
         {},
     )
     assert work.model_flops == 3 * batch * spec.forward_flops()
-    # The backward pass computes the products of queries and keys once more, and in float32 those of
-    # weights and values; beyond the formula are norms, activations and the optimiser.
-    again = 2 * 2 * batch * spec.depth * spec.tokens**2 * spec.width
-    assert 1 <= work.flops / (work.model_flops + again) < 1.03
+    # The backward pass computes the products of queries and keys once more; beyond the formula are
+    # norms, activations and the optimiser.
+    scores = 2 * batch * spec.depth * spec.tokens**2 * spec.width
+    assert 1 <= work.flops / (work.model_flops + scores) < 1.03
 
 
 def test_a_network_that_is_no_trunk_has_no_bound(monkeypatch):
