@@ -256,7 +256,8 @@ _STEPS = (
 def fast(config: ConfigDict) -> ConfigDict:
     """The config with the seeds, training steps and samples of `config.ablation.fast`.
 
-    Whatever else counts steps shrinks in proportion.
+    Whatever else counts steps shrinks in proportion; of an arm that is tuned the first and the last
+    of its values are left to choose from.
     """
     config = config.copy_and_resolve_references()
     seeds, steps, samples = config.ablation.fast
@@ -267,6 +268,8 @@ def fast(config: ConfigDict) -> ConfigDict:
         older = "guidance.weak_step"
         if older in changes:
             scaled[older] = str(round(share * int(changes[older])))
+        if "tune" in changes:
+            scaled["tune"] = {n: (v[0], v[-1]) for n, v in changes["tune"].items()}
         return {**changes, **scaled}
 
     config.ablation.update(

@@ -299,13 +299,17 @@ class Attention(nnx.Module):
 
 
 # Their derivatives are computed from the input: left to JAX, that of GELU alone would keep four
-# more arrays as large as it, and reading those takes longer.
-@jax.checkpoint
+# more arrays as large as it, and reading those takes longer. Where XLA sees both passes at once (in
+# unrolled blocks, or under another checkpoint) it may keep what it likes.
+_from_input = functools.partial(jax.checkpoint, prevent_cse=False)
+
+
+@_from_input
 def _gelu(x: jax.Array) -> jax.Array:
     return nnx.gelu(x, approximate=True)
 
 
-@jax.checkpoint
+@_from_input
 def _gated(x: jax.Array) -> jax.Array:
     a, b = jnp.split(x, 2, axis=-1)
     return nnx.silu(a) * b

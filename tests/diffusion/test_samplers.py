@@ -180,7 +180,11 @@ def sample(model, guidance, labels=(0, 1, 2, 3), name="heun", steps=4, seed=0, *
     return jax.jit(lambda z: solve(name, field, z, steps, noise, **keywords))(z)
 
 
-@pytest.mark.parametrize("name", ["heun", "euler_maruyama", "dopri5"])
+# Of fixed grids, of noise, and of steps by error, which compiles longest.
+KINDS = ["heun", "euler_maruyama", pytest.param("dopri5", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", KINDS)
 def test_scale_one_and_empty_intervals_are_no_guidance(sit, name):
     plain, _ = sample(sit, Guidance(), name=name)
 
@@ -219,7 +223,7 @@ def test_unconditional_branch_is_computed_only_inside_its_interval():
     assert sorted(sizes) == [4] * 5 + [8] * 5
 
 
-@pytest.mark.parametrize("name", ["heun", "euler_maruyama", "dopri5"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_sample_does_not_change_with_its_batch(sit, name):
     whole, _ = sample(sit, GUIDED, name=name)
     alone, _ = sample(sit, GUIDED, labels=(0,), name=name)

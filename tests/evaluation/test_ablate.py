@@ -152,6 +152,8 @@ def test_the_digits_questions_fit_their_networks(tmp_path):
     assert short.train.num_steps == config.ablation.fast[1]
     assert short.sampler.batch_size == short.evaluation.num_samples < config.sampler.batch_size
     config_lib.validate(short)
+    arms = [arm for question in questions(short) for arm in question.arms]
+    assert max(len(arm.candidates()) for arm in arms) == 4  # two scales, two values each
     steps = {str(short.train.checkpoint_every * i) for i in (1, 2, 3)}
     older = {
         a.changes["guidance.weak_step"]

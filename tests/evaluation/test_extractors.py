@@ -65,6 +65,7 @@ class TestInception:
         alone = np.concatenate([inception(image[None]).pool for image in five_images])
         np.testing.assert_allclose(alone, together.pool, atol=1e-5)
 
+    @pytest.mark.slow
     def test_eight_devices_equal_one(self, inception, weights, five_images, tmp_path):
         weight_files.write_safetensors(tmp_path / "weights.safetensors", weights)
         np.savez(tmp_path / "images.npz", five_images)

@@ -133,6 +133,7 @@ def test_the_toys_figure_has_a_panel_for_each_method_and_one_of_paths():
     assert "outliers 15.0% · wrong class 5.0%" in figure.axes[1].texts[0].get_text()
 
 
+@pytest.mark.slow
 def test_the_toy_from_training_to_the_figure(tmp_path, capsys):
     config = asking(small_config())
     names = [arm["name"] for arm in config.ablation.questions[0]["arms"]]

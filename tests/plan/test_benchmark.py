@@ -19,6 +19,7 @@ def quick(monkeypatch):
     monkeypatch.setitem(benchmark._CEILING, "cpu", 64)
 
 
+@pytest.mark.slow
 def test_every_line_of_a_config_is_measured_and_written(quick, tmp_path, capsys):
     config = tiny_config()
     config.sampler.update(name="euler", num_steps=2)

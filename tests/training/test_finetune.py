@@ -54,6 +54,7 @@ def test_the_heads_alone(headless, tmp_path):
         assert max(np.abs(leaf).max() for leaf in leaves) > 0
 
 
+@pytest.mark.slow
 def test_everything(headless, tmp_path):
     trained = finetune(headless, tmp_path, "all")
     assert not equal(trunk(trained.ema), trunk(headless[1]))
@@ -62,6 +63,7 @@ def test_everything(headless, tmp_path):
     assert not equal(trunk(again.ema), trunk(trained.ema))
 
 
+@pytest.mark.slow
 def test_a_trained_head_lowers_its_loss(headless, tmp_path):
     config = tiny_config(num_steps=40, validate_every=0, init_from=str(headless[0]))
     config.optimizer.update(trainable="auxiliary_head", learning_rate=1e-2)
@@ -170,6 +172,7 @@ def test_another_architecture_is_refused(headless, tmp_path):
     assert not (tmp_path / "new" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_network_trained_on_another_mesh(tmp_path):
     """Its mesh says where it was trained: fsdp 8 there, a single device here."""
     config = tiny_config(num_steps=2, validate_every=0, checkpoint_every=2)

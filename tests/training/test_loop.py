@@ -68,7 +68,10 @@ class Signal(Callback):
             signal.raise_signal(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("stop_at", [1, 3, 5])
+LONGER = [pytest.param(stop_at, marks=pytest.mark.slow) for stop_at in (1, 5)]
+
+
+@pytest.mark.parametrize("stop_at", [3, *LONGER])
 def test_a_stopped_run_continues_bit_for_bit(uninterrupted, tmp_path, stop_at):
     """Stopped by a signal at any step, also between regular checkpoints."""
     setup = Setup.from_config(tiny_config(), tmp_path)
