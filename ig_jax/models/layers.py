@@ -157,8 +157,10 @@ def _unfold(x: jax.Array, heads: int) -> jax.Array:
 
 
 def _attended(x: jax.Array) -> jax.Array:
-    named: jax.Array = checkpoint_name(x, ATTENDED)
-    return named
+    # Named, and so kept, with heads side by side: TPUs would pad each head to 128 numbers.
+    batch, tokens, heads, width = x.shape
+    named: jax.Array = checkpoint_name(x.reshape(batch, tokens, heads * width), ATTENDED)
+    return named.reshape(x.shape)
 
 
 def _undivided(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -213,7 +215,7 @@ def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _attended(jax.nn.dot_product_attention(q, k, v, implementation="cudnn"))
 
 
-# Each takes (B, N, heads, d) and returns it, named `ATTENDED`.
+# Each takes and returns (B, N, heads, d), and names what it returns `ATTENDED`.
 ATTENTIONS: dict[str, Callable[..., jax.Array]] = {"xla": attend, "cudnn": _cudnn}
 
 
