@@ -81,19 +81,18 @@ def test_a_long_run_grows_nothing(tmp_path, record_property):
     assert done.returncode == 0, done.stderr[-3000:]
     first, *_, last = seen = json.loads(done.stdout.splitlines()[-1])
     assert [step for step, *_ in seen] == list(range(EVERY, STEPS + 1, EVERY))
-    # Libraries start the threads of their pools, and take memory, when first needed; one or two
-    # come and go. What every evaluation or checkpoint left behind would be ten more in the second
-    # half, and memory would have grown by half of what it grew in all.
+    grown = last[1] / first[1] - 1
+    # Libraries start the threads of their pools when first needed; one or two come and go. What
+    # every evaluation or checkpoint left behind would be ten more in the second half.
     half = len(seen) // 2
     early, late = (np.max(part, axis=0) for part in (seen[:half], seen[half:]))
-    grown = late[1] / early[1] - 1
     held = f"threads {early[2]} and {late[2]}, open files {early[3]} and {late[3]} in its halves"
     record_property(
         "tried",
-        f"long run: {STEPS} steps, memory {early[1] >> 20} MiB and {grown:+.1%}, {held}, "
+        f"long run: {STEPS} steps, memory {first[1] >> 20} MiB and {grown:+.1%}, {held}, "
         f"{last[4] - first[4]} programs compiled after step {EVERY}",
     )
-    assert grown < 0.015
+    assert grown < 0.03
     assert (late[2:4] <= early[2:4] + 2).all(), seen
     assert last[4] == first[4]
     assert list((tmp_path / "w").glob("events.out.tfevents.*"))
