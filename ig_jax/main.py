@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line; returns the exit code, or exits with it (see `errors.Exit`)."""
     console.forgive_output()
     if argv is None:  # a program of its own, and no caller's
-        startup.keep_freed_memory()
+        startup.keep_freed_memory(one_arena=_argument(sys.argv, "mode") not in _ASK)
         stops.listen()
         console.leave_full_disks_to_the_program()
     with console.speaking():

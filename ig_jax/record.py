@@ -222,26 +222,25 @@ def file_hash(path: os.PathLike | str) -> str:
 
 
 @jax.jit
-def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
-    def words(x: jax.Array) -> jax.Array:
-        bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-        return jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+def _checksum(x: jax.Array) -> jax.Array:
+    """Two sums of an array's positions and bits, (2,) uint32.
 
-    def mixed(x: jax.Array) -> jax.Array:
-        # Position by broadcast iotas: flattening a sharded array would gather it.
-        position, stride = jnp.uint32(0), 1
-        for axis in reversed(range(x.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            position, stride = position + index * np.uint32(stride), stride * x.shape[axis] % 2**32
-        h = words(x) ^ (position * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
-        sums = []
-        for multiplier in (0x85EBCA6B, 0xC2B2AE35):
-            h = (h ^ (h >> 15)) * np.uint32(multiplier)
-            h = h ^ (h >> 13)
-            sums.append(h.sum(dtype=jnp.uint32))
-        return jnp.stack(sums)
-
-    return [mixed(x) for x in leaves]
+    A program a shape, which networks share, and not one for each network.
+    """
+    # Position by broadcast iotas: flattening a sharded array would gather it.
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(x.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        position, stride = position + index * np.uint32(stride), stride * x.shape[axis] % 2**32
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+    h = words ^ (position * np.uint32(0x9E3779B1) + np.uint32(0x7F4A7C15))
+    sums = []
+    for multiplier in (0x85EBCA6B, 0xC2B2AE35):
+        h = (h ^ (h >> 15)) * np.uint32(multiplier)
+        h = h ^ (h >> 13)
+        sums.append(h.sum(dtype=jnp.uint32))
+    return jnp.stack(sums)
 
 
 def weights_hash(params: Params) -> str:
@@ -251,7 +250,7 @@ def weights_hash(params: Params) -> str:
     so the hash is the same however the arrays are sharded, and nothing is gathered.
     """
     named = jax.tree_util.tree_leaves_with_path(params)
-    sums = jax.device_get(_checksums([jnp.asarray(leaf) for _, leaf in named]))
+    sums = jax.device_get([_checksum(jnp.asarray(leaf)) for _, leaf in named])
     parts: list[str | np.ndarray] = []
     for (path, leaf), pair in zip(named, sums, strict=True):
         parts += [f"{jax.tree_util.keystr(path)}{leaf.shape}{leaf.dtype}", np.asarray(pair)]

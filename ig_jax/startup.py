@@ -65,19 +65,24 @@ def compile_quickly() -> None:
     os.environ["XLA_FLAGS"] = " ".join((flags, *added)).strip()
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(one_arena: bool = True) -> None:
     """On CPU, keeps freed memory for what comes next instead of giving it back to Linux.
 
     XLA allocates the temporaries of a program anew each time it runs. By default glibc maps large
     ones afresh, and the kernel then fills every page with zeros: 26,500 page faults a step of the
-    digits run, a quarter of its time. A single arena is needed since the others never grow beyond
-    64 MiB. Call it before other threads start.
+    digits run, a quarter of its time. Call it before other threads start.
+
+    Args:
+        one_arena: whether all threads share one, which larger programs need: the others never grow
+            beyond 64 MiB. Small ones are better off with an arena a thread, since a compiler's
+            threads wait for each other in a single one, a fifth of the time.
     """
     if sys.platform != "linux" or os.environ.get("JAX_PLATFORMS") != "cpu":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:  # musl has none
-        for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+        arenas = ((_M_ARENA_MAX, 1),) if one_arena else ()
+        for option, value in (*arenas, (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
             mallopt(option, value)
 
 

@@ -9,15 +9,15 @@ import sys
 import jax
 import pytest
 
-from ig_jax import startup
+from ig_jax import main, startup
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 FAULTS = """
 import resource, sys, threading
 from ig_jax import startup
-if sys.argv[1] == "keep":
-    startup.keep_freed_memory()
+if sys.argv[1] != "leave":
+    startup.keep_freed_memory(one_arena=sys.argv[1] == "keep")
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 def work():
     for _ in range(10):
@@ -45,8 +45,22 @@ def test_freed_memory_is_used_again():
 
     assert faults("leave") > 100_000
     assert faults("keep") < 25_000
+    assert faults("apart") > 100_000  # more than an arena of its own may hold
     # The host of an accelerator has threads that would wait for each other's memory.
     assert faults("keep", JAX_PLATFORMS="cuda") > 100_000
+
+
+@pytest.mark.parametrize(
+    "mode, one", [("--mode=ablate", False), ("--mode=toy", False), ("--mode=train", True)]
+)
+def test_modes_of_small_networks_have_an_arena_a_thread(monkeypatch, mode, one):
+    asked = []
+    monkeypatch.setattr(startup, "keep_freed_memory", lambda **how: asked.append(how))
+    monkeypatch.setattr(main.stops, "listen", lambda: None)
+    monkeypatch.setattr(main.console, "leave_full_disks_to_the_program", lambda: None)
+    monkeypatch.setattr(main.sys, "argv", ["ig-jax", mode, "--version"])
+    assert main.main() == 0
+    assert asked == [{"one_arena": one}]
 
 
 def test_xla_is_told_once_how_to_compile_where_it_knows_the_flags(monkeypatch):

@@ -7,9 +7,11 @@ on, and a new question costs only what is new about it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,7 @@ from ig_jax.sampling.run import make_engine, open_weights
 from ig_jax.storage import files
 from ig_jax.storage.checkpoints import FOLDER, find_step, saved_config
 from ig_jax.training import run as training
-from ig_jax.training.setup import Programs
+from ig_jax.training.setup import Programs, compile_ahead
 
 # What a result's record calls the forward passes per sample.
 COST = "forward_passes"
@@ -107,6 +109,7 @@ class Laboratory:
         self._models: dict[tuple[str, int], tuple[Experiment, Weights]] = {}
         self._engines: dict[str, Engine] = {}
         self._programs: dict[str, Programs] = {}  # of all seeds of a training
+        self._compiling: dict[str, futures.Future[Programs]] = {}
 
     def config(self, arm: Arm, changes: Changes, seed: int) -> ConfigDict:
         """The config of an arm's network of a seed, sampled with some changes."""
@@ -135,6 +138,15 @@ class Laboratory:
         if start := self._trainings[name].get(START):
             self.train(start, seed)
         workdir, config = self._workdir(name, seed), self.config(Arm(name, name), {}, seed)
+        if not hosts.primary_says(self._is_trained(name, seed)):
+            if name in self._compiling:
+                self._programs[name] = self._compiling.pop(name).result()
+            trained = training.train(config, workdir, programs=self._programs.get(name))
+            self._programs[name] = trained.programs
+        return workdir
+
+    def _is_trained(self, name: str, seed: int) -> bool:
+        workdir, config = self._workdir(name, seed), self.config(Arm(name, name), {}, seed)
         there = (resolve(workdir) / FOLDER).exists() and find_step(workdir)
         if there and there > config.train.num_steps:
             raise InputError(
@@ -142,10 +154,38 @@ class Laboratory:
                 f"the training {name!r} has here (another workdir, or remove this one)"
             )
         same = there and not config_lib.differences(config, saved_config(workdir))
-        if not hosts.primary_says(bool(same and there == config.train.num_steps)):
-            trained = training.train(config, workdir, programs=self._programs.get(name))
-            self._programs[name] = trained.programs
-        return workdir
+        return bool(same and there == config.train.num_steps)
+
+    @contextlib.contextmanager
+    def compiling_ahead(self) -> Iterator[None]:
+        """Inside, a thread compiles what is still to be trained, in the order of the questions.
+
+        That takes one core most of the time, and small networks' steps take little of the others.
+        """
+        pool = futures.ThreadPoolExecutor(1, "compiling")
+        try:
+            for name in self._to_train():
+                self._compiling[name] = pool.submit(self._compiled, name)
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._compiling.clear()
+
+    def _compiled(self, name: str) -> Programs:
+        config = self.config(Arm(name, name), {}, self.seeds[0])
+        return compile_ahead(Experiment.from_config(config))
+
+    def _to_train(self) -> Iterator[str]:
+        """What is not trained yet, in the order of the questions; a training on own samples is left
+        out, since those are still to be drawn."""
+        arms = [arm for question in self.questions for arm in question.arms]
+        asked = [name for arm in arms for name in (arm.train, arm.weak) if name]
+        starts = [(self._trainings[name].get(START, name), name) for name in asked]
+        for name in dict.fromkeys(name for pair in starts for name in pair):
+            done = hosts.primary_says(all(self._is_trained(name, seed) for seed in self.seeds))
+            own = self.config(Arm(name, name), {}, self.seeds[0]).data.name == "samples"
+            if not done and not own:
+                yield name
 
     def _model(self, name: str, seed: int) -> tuple[Experiment, Weights]:
         if (name, seed) not in self._models:
@@ -295,11 +335,12 @@ def run(config: ConfigDict, workdir: str) -> str:
     """
     laboratory = Laboratory(config, workdir)
     found: list[answers.Answer] = []
-    for question in laboratory.questions:
-        found.append(laboratory.answer(question))
-        if is_primary():
-            answers.print_answer(found[-1])
-            answers.save(workdir, found, config)
+    with laboratory.compiling_ahead():
+        for question in laboratory.questions:
+            found.append(laboratory.answer(question))
+            if is_primary():
+                answers.print_answer(found[-1])
+                answers.save(workdir, found, config)
     if is_primary():
         answers.draw(workdir, found)
     verdicts = [verdict.word for answer in found for verdict in answer.verdicts]

@@ -4,6 +4,7 @@ converted into workdirs like ours (`config.model.family` names it)."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -70,7 +71,15 @@ def make(spec: Spec, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
 
 def abstract(spec: Spec, **options: Any) -> Any:
     """A network of shapes only (no arrays are made), for loading weights or compiling."""
-    return nnx.eval_shape(lambda: make(spec, **options, rngs=nnx.Rngs(0)))
+    return functional.merge(*_abstract(family(spec.family).module, spec, tuple(options.items())))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract(
+    module: Callable[..., nnx.Module], spec: Spec, options: tuple[tuple[str, Any], ...]
+) -> tuple[nnx.GraphDef[Any], functional.Params]:
+    """A network's graph definition and shapes: many configs in a process describe the same one."""
+    return functional.split(nnx.eval_shape(lambda: module(spec, **dict(options), rngs=nnx.Rngs(0))))
 
 
 def add_auxiliary_head(model: Trunk, depth: int, rngs: nnx.Rngs) -> Trunk:

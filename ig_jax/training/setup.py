@@ -100,6 +100,23 @@ def make_programs(experiment: Experiment, source: DataSource) -> Programs:
     )
 
 
+def compile_ahead(experiment: Experiment) -> Programs:
+    """As `make_programs`, and what the first steps would wait for is compiled: for another thread.
+
+    JAX finds what any thread of the process has compiled for the same types.
+    """
+    source = experiment.open_data()
+    programs, key = make_programs(experiment, source), jax.random.key(0)
+    with contextlib.closing(open_batches(experiment.config, source, experiment.mesh)) as batches:
+        batch = next(batches)
+    for lowered in (
+        programs.init.lower(key),
+        programs.step.lower(programs.shapes, batch, key),
+    ):
+        lowered.compile()
+    return programs
+
+
 def open_batches(
     config: ConfigDict, source: DataSource, mesh: Mesh, data_state: dict | None = None
 ) -> pipeline.DevicePrefetch:

@@ -280,6 +280,38 @@ def test_seeds_share_the_programs_of_a_training(asked, tmp_path, monkeypatch):
     assert not np.array_equal(*(jax.tree.leaves(params)[0] for params in (first, second)))
 
 
+def test_what_is_to_be_trained_is_compiled_by_another_thread(asked, tmp_path, caplog):
+    laboratory = ablate.Laboratory(asked, str(tmp_path))
+    jax.clear_caches()
+    jax.config.update("jax_log_compiles", True)
+    try:
+        with laboratory.compiling_ahead():
+            assert list(laboratory._compiling) == ["main", "small"]  # own samples are not drawn yet
+            laboratory.train("main", 0)
+            laboratory.train("small", 0)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    for program in ("init", "train_step"):
+        said = f"Finished XLA compilation of jit({program})"
+        threads = [r.threadName for r in caplog.records if said in r.getMessage()]
+        assert len(threads) == 2 and all(name.startswith("compiling") for name in threads)
+    # Both have a second seed still.
+    assert list(laboratory._to_train()) == ["main", "small"]
+    laboratory.train("main", 1)
+    assert list(laboratory._to_train()) == ["small"]
+
+
+def test_what_another_thread_fails_at_is_said_where_it_is_needed(asked, tmp_path, monkeypatch):
+    def fail(_):
+        raise InputError("no such data")
+
+    laboratory = ablate.Laboratory(asked, str(tmp_path))
+    monkeypatch.setattr(ablate, "compile_ahead", fail)
+    with pytest.raises(InputError, match="no such data"), laboratory.compiling_ahead():
+        laboratory.train("main", 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_stopped_run_goes_on_with_what_is_missing(asked, finished, tmp_path, monkeypatch):
     """One score is lost and one training unfinished: those alone are made again, as they were."""
     workdir, line = finished
