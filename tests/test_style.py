@@ -106,7 +106,7 @@ def test_paths_are_made_in_one_place():
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Declared for others, who import them without saying so.
-FOR_OTHERS = {"tensorflow", "tensorflow-cpu", "importlib-resources"}
+FOR_OTHERS = {"tensorflow", "tensorflow-cpu", "importlib-resources", "zstandard"}
 
 
 def distributions(requirements):
