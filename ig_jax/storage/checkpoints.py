@@ -21,6 +21,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint import path as orbax_path
+from orbax.checkpoint._src.metadata import array_metadata_store
 
 from ig_jax import config as config_lib
 from ig_jax import console
@@ -38,6 +39,9 @@ ARRAYS = ("params", "ema", "optimizer")
 ITEMS = (*ARRAYS, "config", "data", "source")
 # A checkpoint that training does not trust is kept under this name.
 UNTRUSTED = "{step}.untrusted"
+# Of an array of which devices hold copies each writes a slice, if that is of as many bytes. Smaller
+# ones take longer to slice than to write: a millisecond a device and array.
+_WORTH_SLICING = 1 << 20
 # What scores were called before they had names: a validation loss or a FID, who knows.
 _UNNAMED = "score"
 
@@ -162,6 +166,11 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
+        handler = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=_WORTH_SLICING,
+            array_metadata_store=array_metadata_store.Store(),  # as Orbax's own has
+        )
+        ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
         return ocp.CheckpointManager(self.directory, options=self._options, item_names=ITEMS)
 
     def steps(self) -> list[int]:

@@ -2,10 +2,13 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ig_jax.errors import InputError
+from ig_jax.parallel import sharding
 from ig_jax.storage.checkpoints import Checkpoints, Score, best_step, saved_config
 from ig_jax.training.state import TrainState
 from tests.common import tiny_config
@@ -85,3 +88,18 @@ def test_steps_that_are_not_there_get_one_line(tmp_path, which, message):
         with pytest.raises(InputError, match=message) as caught:
             ask(which)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("count, sliced", [(1 << 16, False), (1 << 21, True)])
+def test_devices_share_the_writing_of_large_copies_alone(tmp_path, caplog, count, sliced):
+    copies = sharding.replicated(sharding.make_mesh(-1, 1))
+    arrays = {"w": jax.device_put(np.arange(count, dtype=np.float32), copies)}
+    state = TrainState(jnp.int32(0), arrays, arrays, {"n": jnp.ones(1)})
+    checkpoints = Checkpoints(str(tmp_path))
+    jax.clear_caches()
+    with jax.log_compiles():
+        checkpoints.save(state, 1, tiny_config(), {})
+    assert sliced == any("slice)" in record.getMessage() for record in caplog.records)
+    restored = checkpoints.weights(jax.eval_shape(lambda: arrays))
+    checkpoints.close()
+    np.testing.assert_array_equal(restored["w"], arrays["w"])
